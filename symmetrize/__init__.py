@@ -1,0 +1,62 @@
+"""Make any deep network on point clouds exactly and smoothly equivariant.
+
+Names are imported on first use: torch and e3nn take seconds, and a pytest plugin imports its parent package in every
+session.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from symmetrize.backbone import Backbone
+    from symmetrize.data import from_ase, from_points
+    from symmetrize.frames import FrameMethod, FrameSet
+    from symmetrize.methods.ecse import ECSE
+    from symmetrize.methods.identity import Identity
+    from symmetrize.registry import list_backbones, load_backbone
+    from symmetrize.representations import OutputSpec
+    from symmetrize.symmetrizer import Symmetrizer
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Backbone": "symmetrize.backbone",
+    "ECSE": "symmetrize.methods.ecse",
+    "FrameMethod": "symmetrize.frames",
+    "FrameSet": "symmetrize.frames",
+    "Identity": "symmetrize.methods.identity",
+    "OutputSpec": "symmetrize.representations",
+    "Symmetrizer": "symmetrize.symmetrizer",
+    "from_ase": "symmetrize.data",
+    "from_points": "symmetrize.data",
+    "list_backbones": "symmetrize.registry",
+    "load_backbone": "symmetrize.registry",
+}
+
+__all__ = [
+    "ECSE",
+    "Backbone",
+    "FrameMethod",
+    "FrameSet",
+    "Identity",
+    "OutputSpec",
+    "Symmetrizer",
+    "from_ase",
+    "from_points",
+    "list_backbones",
+    "load_backbone",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'symmetrize' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

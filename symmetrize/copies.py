@@ -1,0 +1,88 @@
+"""Which atoms and edges have to be evaluated in a frame: whole structures, or the environments of atoms."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch_geometric.data import Data
+
+from symmetrize import keys
+from symmetrize.backbone import Copies
+from symmetrize.ops.ragged import gather_rows, offsets
+
+
+def edge_offsets(batch: Data) -> Tensor:
+    """Offsets of every center's edges in a list sorted by center: Tensor of shape (n_atoms + 1,)."""
+    n_atoms = batch[keys.POS].shape[0]
+    edges = batch.get(keys.EDGE_INDEX)
+    if edges is None:
+        return torch.zeros(n_atoms + 1, dtype=torch.int64, device=batch[keys.POS].device)
+    return offsets(torch.bincount(edges[1], minlength=n_atoms))
+
+
+def copy_structures(batch: Data, structures: Tensor) -> Copies:
+    """Copies of whole structures, one for every entry of ``structures``."""
+    atom_ptr, edge_ptr = batch[keys.PTR], edge_offsets(batch)
+    atom, atom_copy = gather_rows(atom_ptr, structures)
+    # Edges are sorted by center and atoms by structure, so a structure's edges are contiguous.
+    edge, edge_copy = gather_rows(edge_ptr[atom_ptr], structures)
+    starts = offsets(atom_ptr[structures + 1] - atom_ptr[structures])[:-1]
+    shift = (starts - atom_ptr[structures])[edge_copy]
+    ends = _ends(batch, edge)
+    mask = batch.get(keys.CENTER_MASK)
+    center = torch.ones_like(atom, dtype=torch.bool) if mask is None else mask[atom]
+    return Copies(atom, edge, atom_copy, edge_copy, ends[0] + shift, ends[1] + shift, center)
+
+
+def copy_stars(batch: Data, centers: Tensor) -> Copies:
+    """Copies of centers with their edges, without rows for the neighbors (for backbones that share work)."""
+    edge, edge_copy = gather_rows(edge_offsets(batch), centers)
+    copy = torch.arange(centers.shape[0], device=centers.device)
+    center = torch.ones_like(copy, dtype=torch.bool)
+    return Copies(centers, edge, copy, edge_copy, torch.zeros_like(edge[:0]), edge_copy, center)
+
+
+def copy_environments(batch: Data, centers: Tensor, hops: int) -> Copies:
+    """Copies of everything that an output of each center depends on after some number of message-passing hops.
+
+    Edges are those that end on an atom within ``hops - 1`` of the center. Periodic images of one atom share a row: in a
+    network that reads edge vectors they carry the same features. With 0 hops only the centers remain.
+    """
+    n_atoms = batch[keys.POS].shape[0]
+    edge_ptr = edge_offsets(batch)
+    # A pair (copy, atom) is one integer; sorted pairs are grouped by copy and ascending by atom.
+    pairs = torch.arange(centers.shape[0], device=centers.device) * n_atoms + centers
+    inner = pairs[:0]
+    for _ in range(hops):
+        inner = pairs
+        edge, pick = gather_rows(edge_ptr, inner % n_atoms)
+        reached = (inner // n_atoms)[pick] * n_atoms + _ends(batch, edge)[0]
+        pairs = torch.unique(torch.cat([inner, reached]))
+    edge, pick = gather_rows(edge_ptr, inner % n_atoms)
+    edge_copy = (inner // n_atoms)[pick]
+    ends = _ends(batch, edge)
+    atom, atom_copy = pairs % n_atoms, pairs // n_atoms
+    source = torch.searchsorted(pairs, edge_copy * n_atoms + ends[0])
+    target = torch.searchsorted(pairs, edge_copy * n_atoms + ends[1])
+    return Copies(atom, edge, atom_copy, edge_copy, source, target, atom == centers[atom_copy])
+
+
+def copied_sizes(batch: Data, owners: Tensor, scope: str, hops: int | None) -> Tensor:
+    """Number of atoms of each copy (for environments of more than one hop, an upper bound): Tensor of shape (n,)."""
+    ptr = batch[keys.PTR]
+    if scope == "structure":
+        return (ptr[1:] - ptr[:-1])[owners]
+    whole = (ptr[1:] - ptr[:-1])[batch[keys.BATCH]]
+    edges = batch.get(keys.EDGE_INDEX)
+    size = torch.ones_like(whole)
+    for _ in range(hops or 0):
+        if edges is not None:
+            size = 1 + torch.zeros_like(size).index_add(0, edges[1], size[edges[0]])
+            size = torch.minimum(size, whole.clamp(min=2) * 64)
+    exact_star = hops == 1
+    return (size if exact_star else torch.minimum(size, whole))[owners]
+
+
+def _ends(batch: Data, edge: Tensor) -> Tensor:
+    edges = batch.get(keys.EDGE_INDEX)
+    return torch.stack([edge, edge]) if edges is None else edges[:, edge]

@@ -1,0 +1,151 @@
+"""Group elements with weights: the value ``FrameSet`` and the base class of everything that produces one."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+from torch_geometric.data import Data
+
+from symmetrize.errors import DeclarationError, NoFrameError, did_you_mean
+from symmetrize.ops.ragged import segment_sum
+
+if TYPE_CHECKING:
+    from symmetrize.backbone import Backbone
+
+Scope = Literal["atom", "structure"]
+SCOPES = ("atom", "structure")
+
+#: A frame of smaller weight than this is not evaluated, and not counted.
+NEGLIGIBLE_WEIGHT = 1e-10
+
+
+class Stratum(IntEnum):
+    """The kind of stabiliser that a frame was built for."""
+
+    #: A full coordinate system: two directions that are not collinear.
+    FRAME = 0
+    #: One member of the n-fold average about an axis.
+    AXIS = 1
+    #: No direction at all: the center without its neighbors, invariant part of the outputs.
+    POINT = 2
+    #: Evaluated by the auxiliary backbone of the method, unrotated.
+    AUXILIARY = 3
+
+
+def check_scope(scope: str) -> str:
+    """The name of a scope, or a `DeclarationError`."""
+    if scope not in SCOPES:
+        raise DeclarationError(f"scope: unknown scope {scope!r}, {did_you_mean(str(scope), SCOPES)}")
+    return scope
+
+
+@dataclass(frozen=True)
+class FrameSet:
+    """Weighted group elements of every owner: what a symmetrisation method is, as a value.
+
+    Attributes
+    ----------
+    rotations : Tensor of shape (n_frames, 3, 3), float64
+        Orthogonal; the columns are the axes of the coordinate system.
+    weights : Tensor of shape (n_frames,), float64
+        Not normalized, >= 0.
+    owner : Tensor of shape (n_frames,), int64
+        The structure (scope ``"structure"``) or atom (scope ``"atom"``) that each frame belongs to.
+    stratum : Tensor of shape (n_frames,), int64
+        See `Stratum`.
+    origins : Tensor of shape (n_frames, 3)
+        Origin of the coordinate system.
+    n_owners : int
+        Number of structures or atoms of the batch.
+    scope : {"atom", "structure"}
+    """
+
+    rotations: Tensor
+    weights: Tensor
+    owner: Tensor
+    stratum: Tensor
+    origins: Tensor
+    n_owners: int
+    scope: Scope
+
+    def __post_init__(self) -> None:
+        n = self.weights.shape[0]
+        shapes = {"rotations": (n, 3, 3), "weights": (n,), "owner": (n,), "stratum": (n,), "origins": (n, 3)}
+        for name, expected in shapes.items():
+            got = tuple(getattr(self, name).shape)
+            if got != expected:
+                raise DeclarationError(f"FrameSet: {name}: expected shape {expected}, got {got}")
+        check_scope(self.scope)
+        if n == 0:
+            raise NoFrameError("FrameSet: expected at least one frame, got none")
+        with torch.no_grad():
+            product = self.rotations.transpose(1, 2) @ self.rotations
+            error = (product - torch.eye(3, dtype=product.dtype, device=product.device)).abs().max()
+            if not bool(error <= 1e-10):
+                raise DeclarationError(f"FrameSet: rotations: expected orthogonal matrices, off by {float(error):.1e}")
+            if not bool((self.weights >= 0.0).all() & torch.isfinite(self.weights).all()):
+                raise DeclarationError("FrameSet: weights: expected finite numbers >= 0")
+            if int(self.owner.min()) < 0 or int(self.owner.max()) >= self.n_owners:
+                raise DeclarationError(f"FrameSet: owner: expected numbers from 0 to {self.n_owners - 1}")
+
+    @property
+    def n_frames(self) -> int:
+        return self.weights.shape[0]
+
+    @property
+    def total_weight(self) -> Tensor:
+        """Sum of the weights of every owner: Tensor of shape (n_owners,)."""
+        return segment_sum(self.weights, self.owner, self.n_owners)
+
+    @property
+    def normalized_weights(self) -> Tensor:
+        """Weights that sum to one over every owner: Tensor of shape (n_frames,)."""
+        return self.weights / self.total_weight[self.owner]
+
+    @property
+    def evaluations(self) -> Tensor:
+        """Backbone evaluations of every owner: Tensor of shape (n_owners,), int64."""
+        counted = (self.weights.detach() > NEGLIGIBLE_WEIGHT).to(torch.int64)
+        return segment_sum(counted, self.owner, self.n_owners)
+
+    @property
+    def n_evaluations(self) -> int:
+        """Backbone evaluations in total, axis copies and mirrors included: the unit of cost everywhere."""
+        return int(self.evaluations.sum())
+
+    @property
+    def effective_number(self) -> Tensor:
+        """(sum w)^2 / sum w^2 of every owner, 0 where it has no frame: Tensor of shape (n_owners,)."""
+        squares = segment_sum(self.weights**2, self.owner, self.n_owners)
+        return self.total_weight**2 / torch.where(squares > 0, squares, torch.ones_like(squares))
+
+
+class FrameMethod(torch.nn.Module, ABC):
+    """A symmetrisation method: one function from a batch to a `FrameSet`."""
+
+    #: The model that evaluates frames of `Stratum.AUXILIARY`, if the method uses one.
+    auxiliary: Backbone | None = None
+
+    @abstractmethod
+    def frames(
+        self, batch: Data, *, group: str, scope: Scope, l_max: int, generator: torch.Generator | None = None
+    ) -> FrameSet:
+        """Frames of every owner of a validated batch.
+
+        Parameters
+        ----------
+        batch : Data
+            Validated; in atom scope with a neighbor list that reaches everything an atom's output depends on
+            (``edge_vec``, ``edge_cutoff``, sorted by center). Atoms outside ``center_mask`` need no frames.
+        group : {"O(3)", "SO(3)"}
+        scope : {"atom", "structure"}
+        l_max : int
+            Highest degree among the outputs to be symmetrised.
+        generator : torch.Generator, optional
+            Source of randomness of stochastic methods.
+        """

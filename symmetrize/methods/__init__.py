@@ -1,0 +1,1 @@
+"""Symmetrisation methods: one file per method, each a `FrameMethod`."""

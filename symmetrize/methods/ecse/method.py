@@ -1,0 +1,202 @@
+"""ECSE as a `FrameMethod`: candidates of a scope, strata, fallback."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch_geometric.data import Data
+
+from symmetrize import keys
+from symmetrize.backbone import Backbone
+from symmetrize.errors import DeclarationError, InvalidInputError, NoFrameError
+from symmetrize.frames import NEGLIGIBLE_WEIGHT, FrameMethod, FrameSet, Scope, Stratum
+from symmetrize.methods.ecse.strata import stratify
+from symmetrize.ops.ragged import offsets, segment_sum
+from symmetrize.ops.switches import smooth_cutoff, smooth_step
+
+#: Structure scope: an atom nearer to the centroid than this times the RMS distance offers no direction, and offers one
+#: fully from CENTRAL + CENTRAL_WIDTH on. Both stay well below 1, the ratio that some atom always reaches.
+CENTRAL = 0.2
+CENTRAL_WIDTH = 0.1
+
+
+class ECSE(FrameMethod):
+    r"""Equivariant coordinate system ensemble, stratified: exact, smooth, deterministic, without an auxiliary model.
+
+    Coordinate systems are built from pairs of neighbors (in atom scope around every atom, in structure scope around
+    the centroid), and weighted by closed-form C-infinity weights that vanish before a system becomes ill-defined. What
+    has no coordinate system - collinear environments, isolated atoms - is covered by an n-fold average about the axis
+    and by the invariant part of the isolated center; the three strata share the weight smoothly:
+
+    .. math:: y(X) = \frac{\sum_k w_k \rho(F_k)\, f(F_k^T X)}{\sum_k w_k}, \qquad \sum_k w_k \ge 1.
+
+    The idea is that of Pozdnyakov and Ceriotti (NeurIPS 2023, arXiv 2305.19302); the stratified weights are this
+    package's own, see `symmetrize.methods.ecse.strata`.
+
+    Parameters
+    ----------
+    cutoff_width : float
+        D, the distance (unit of the positions) over which neighbors of similar distance share their weight, and over
+        which a neighbor is switched off at the cutoff. Smaller: fewer evaluations and steeper weights (first derivative
+        up to 2 / D per competitor).
+    collinearity_width : float
+        D_W, the width in sin^2 of the angle between two directions over which the frames of a pair are switched on;
+        they start at a third of it. Smaller: fewer axial averages on bent environments, steeper vectors and tensors
+        near collinearity.
+    fallback : {"axial", "error"} or Backbone
+        What covers environments without a full coordinate system: the strata above; an error; or an auxiliary model
+        that is equivariant by construction and gives the same outputs, as in the paper.
+
+    Raises
+    ------
+    DeclarationError
+        For widths that are not positive, and for an unknown fallback.
+
+    Notes
+    -----
+    Widths of the paper: ``cutoff_width=0.15, collinearity_width=0.15``.
+    """
+
+    def __init__(
+        self,
+        cutoff_width: float = 0.15,
+        collinearity_width: float = 0.15,
+        fallback: Literal["axial", "error"] | Backbone = "axial",
+    ) -> None:
+        super().__init__()
+        for name, value in {"cutoff_width": cutoff_width, "collinearity_width": collinearity_width}.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value < float("inf"):
+                raise DeclarationError(f"ECSE: {name}: expected a positive number, got {value!r}")
+        if not collinearity_width <= 0.75:
+            raise DeclarationError(
+                f"ECSE: collinearity_width: expected at most 0.75 (sin^2 cannot exceed 1), got {collinearity_width}"
+            )
+        if not isinstance(fallback, Backbone) and fallback not in ("axial", "error"):
+            raise DeclarationError(f"ECSE: fallback: expected 'axial', 'error' or a Backbone, got {fallback!r}")
+        self.cutoff_width = float(cutoff_width)
+        self.collinearity_width = float(collinearity_width)
+        self.fallback = "auxiliary" if isinstance(fallback, Backbone) else fallback
+        self.auxiliary = fallback if isinstance(fallback, Backbone) else None
+
+    def frames(
+        self, batch: Data, *, group: str, scope: Scope, l_max: int, generator: torch.Generator | None = None
+    ) -> FrameSet:
+        """See `FrameMethod.frames`.
+
+        Raises
+        ------
+        NoFrameError
+            With ``fallback="error"``, for an environment that is collinear, nearly so, or empty.
+        InvalidInputError
+            In structure scope, for a periodic structure: it has no centroid.
+        """
+        if scope == "atom":
+            origins, vectors, ptr, available, reach = self._around_atoms(batch)
+        else:
+            origins, vectors, ptr, available, reach = self._around_centroids(batch)
+        order = max(8, l_max + 4 + l_max % 2)
+        precision = torch.finfo(batch[keys.POS].dtype).eps
+        rotations, weights, owner, stratum = stratify(
+            vectors,
+            available,
+            reach,
+            ptr,
+            width=self.cutoff_width,
+            z_min=self.collinearity_width / 3.0,
+            z_width=self.collinearity_width,
+            order=order,
+            mirror=group == "O(3)",
+            collinear=(32.0 * precision) ** 2,
+            threshold=2.0 * NEGLIGIBLE_WEIGHT,
+        )
+        mask = batch.get(keys.CENTER_MASK)
+        if scope == "atom" and mask is not None:
+            wanted = mask[owner]
+            rotations, weights, owner, stratum = rotations[wanted], weights[wanted], owner[wanted], stratum[wanted]
+        if self.fallback == "error":
+            self._refuse_degenerate(batch, scope, owner, stratum)
+        if self.auxiliary is not None:
+            rotations, weights, owner, stratum = _hand_over(rotations, weights, owner, stratum, origins.shape[0])
+        return FrameSet(
+            rotations=rotations,
+            weights=weights,
+            owner=owner,
+            stratum=stratum,
+            origins=origins[owner],
+            n_owners=origins.shape[0],
+            scope=scope,
+        )
+
+    def _around_atoms(self, batch: Data) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        vectors, radius = batch.get(keys.EDGE_VEC), batch.get(keys.EDGE_CUTOFF)
+        if vectors is None or radius is None:
+            raise InvalidInputError("ECSE: atom scope needs a neighbor list, expected edge_vec and edge_cutoff")
+        pos = batch[keys.POS]
+        center = batch[keys.EDGE_INDEX][1]
+        ptr = offsets(torch.bincount(center, minlength=pos.shape[0]))
+        vectors = vectors.to(torch.float64)
+        distance = torch.sqrt((vectors * vectors).sum(dim=1))
+        available = smooth_cutoff(distance, float(radius), self.cutoff_width)
+        return pos, vectors, ptr, available, available
+
+    def _around_centroids(self, batch: Data) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        periodic = batch[keys.PBC].any(dim=1).nonzero()
+        if len(periodic):
+            raise InvalidInputError(
+                f"ECSE: structure scope is built around the centroid of a finite structure, structure "
+                f"{int(periodic[0])} is periodic; use scope='atom', or set pbc to False for a molecule in a box"
+            )
+        pos, structure, ptr = batch[keys.POS], batch[keys.BATCH], batch[keys.PTR]
+        points = pos.to(torch.float64)
+        n_structures = ptr.shape[0] - 1
+        counts = (ptr[1:] - ptr[:-1]).to(points.dtype)
+        centroid = segment_sum(points, structure, n_structures) / counts[:, None]
+        vectors = points - centroid[structure]
+        square = (vectors * vectors).sum(dim=1)
+        mean = segment_sum(square, structure, n_structures) / counts
+        # An atom at the centroid has no direction. "At" is relative to the size, so that no structure of two or more
+        # atoms ends up without one.
+        ratio = square / torch.where(mean > 0.0, mean, torch.ones_like(mean))[structure]
+        zero = ratio == 0.0
+        ratio = torch.where(zero, torch.zeros_like(ratio), torch.sqrt(torch.where(zero, torch.ones_like(ratio), ratio)))
+        available = smooth_step((ratio - CENTRAL) / CENTRAL_WIDTH)
+        return centroid.to(pos.dtype), vectors, ptr, available, torch.ones_like(available)
+
+    @staticmethod
+    def _refuse_degenerate(batch: Data, scope: Scope, owner: Tensor, stratum: Tensor) -> None:
+        bad = (stratum != int(Stratum.FRAME)).nonzero()
+        if not len(bad):
+            return
+        first = int(owner[bad[0, 0]])
+        kind = "collinear (or nearly so)" if int(stratum[bad[0, 0]]) == int(Stratum.AXIS) else "empty"
+        where = f"structure {first}"
+        if scope == "atom":
+            structure = int(batch[keys.BATCH][first])
+            where = f"structure {structure}, atom {first - int(batch[keys.PTR][structure])}"
+        raise NoFrameError(
+            f"ECSE(fallback='error'): expected a full coordinate system everywhere, the environment of {where} is "
+            f"{kind}; fallback='axial' covers it exactly"
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"cutoff_width={self.cutoff_width}, collinearity_width={self.collinearity_width}, fallback={self.fallback!r}"
+        )
+
+
+def _hand_over(
+    rotations: Tensor, weights: Tensor, owner: Tensor, stratum: Tensor, n_owners: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Give the weight of the axis and point strata to one unrotated evaluation of the auxiliary model."""
+    full = stratum == int(Stratum.FRAME)
+    left = segment_sum(weights[~full], owner[~full], n_owners)
+    needy = (left > 0.0).nonzero()[:, 0]
+    identity = torch.eye(3, dtype=rotations.dtype, device=rotations.device).expand(needy.shape[0], 3, 3)
+    return (
+        torch.cat([rotations[full], identity]),
+        torch.cat([weights[full], left[needy]]),
+        torch.cat([owner[full], needy]),
+        torch.cat([stratum[full], torch.full_like(needy, int(Stratum.AUXILIARY))]),
+    )

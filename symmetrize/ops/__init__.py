@@ -1,0 +1,1 @@
+"""Pure tensor functions: smooth switches, rotations, Wigner matrices, ragged indexing, neighbor lists."""

@@ -1,0 +1,240 @@
+"""The one evaluator: rotate, evaluate in chunks, rotate back, average."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch_geometric.data import Data
+
+from symmetrize import keys
+from symmetrize.averaging import DEFAULT_CHUNK_SIZE, Average
+from symmetrize.backbone import Backbone
+from symmetrize.data import replace, validate, with_neighbors
+from symmetrize.errors import DeclarationError, InvalidInputError, InvalidTypeError, NoFrameError, did_you_mean
+from symmetrize.frames import FrameMethod, FrameSet, Stratum, check_scope
+from symmetrize.plan import Plan, make_plan
+from symmetrize.representations import OutputSpec, check_group
+
+
+class Symmetrizer(torch.nn.Module):
+    r"""A backbone, averaged over the frames of a method: equivariant as the method is.
+
+    .. math:: F(x) = \frac{\sum_k w_k(x)\, \rho(g_k(x))\, f(g_k(x)^{-1} x)}{\sum_k w_k(x)}
+
+    Parameters
+    ----------
+    backbone : Backbone
+        The model to be symmetrised.
+    method : FrameMethod
+        Where frames and weights come from, such as `symmetrize.ECSE`.
+    group : {"O(3)", "SO(3)"}
+        Rotations with or without inversion.
+    scope : {"atom", "structure"}, optional
+        ``"atom"``: every atom's environment is evaluated in frames of its own (exactly size-consistent, linear cost;
+        per-atom outputs only). ``"structure"``: whole structures, in frames around the centroid of a finite structure.
+        By default ``"atom"`` for strictly local backbones with per-atom outputs, else ``"structure"``: decided here,
+        from declarations, and never by the data.
+    chunk_size : int, optional
+        Atoms per call of the backbone, rotated copies included. Memory grows with it and not with the number of
+        frames.
+
+    Notes
+    -----
+    Keeps nothing between calls. Outputs have the dtype of the positions, those with a composition baseline float64.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        method: FrameMethod,
+        group: str = "O(3)",
+        scope: str | None = None,
+        chunk_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(backbone, Backbone):
+            raise InvalidTypeError(f"backbone: expected a Backbone, got {type(backbone).__name__}")
+        if not isinstance(method, FrameMethod):
+            raise InvalidTypeError(f"method: expected a FrameMethod such as ECSE(), got {type(method).__name__}")
+        if chunk_size is not None and (isinstance(chunk_size, bool) or int(chunk_size) < 1):
+            raise DeclarationError(f"chunk_size: expected a positive number of atoms, got {chunk_size}")
+        self.backbone = backbone
+        self.method = method
+        self.group = check_group(group)
+        self.scope = _resolve_scope(backbone, scope)
+        self.chunk_size = None if chunk_size is None else int(chunk_size)
+        self.l_max = max(spec.l_max for spec in backbone.outputs.values())
+        if method.auxiliary is not None:
+            missing = set(backbone.outputs) - set(method.auxiliary.outputs)
+            if missing:
+                raise DeclarationError(f"fallback: expected a backbone with the outputs {sorted(missing)} as well")
+
+    def forward(
+        self,
+        batch: Data,
+        *,
+        forces: bool = False,
+        stress: bool = False,
+        energy: str = "energy",
+        spread: bool = False,
+        create_graph: bool | None = None,
+        generator: torch.Generator | None = None,
+    ) -> dict[str, Tensor]:
+        """Symmetrised outputs of a batch.
+
+        Parameters
+        ----------
+        batch : Data
+            See `symmetrize.keys`; missing neighbor lists are built on a copy.
+        forces, stress : bool
+            Also return the conservative ``"forces"``, -dE/dr of shape (n_atoms, 3), and ``"stress"``, dE/d(strain)
+            divided by the volume, symmetric, of shape (n_structures, 3, 3) (positive under tension, as in ASE): the
+            exact gradient, through backbone, frames and weights.
+        energy : str
+            The output that forces and stress derive from.
+        spread : bool
+            Also return ``"<name>_spread"``: the weighted standard deviation of every output over the frames (norm over
+            components), in (n_rows,). In atom scope the spread of a sum adds atoms in quadrature.
+        create_graph : bool, optional
+            Keep forces and stress differentiable. Default: in training mode, or if the positions require a gradient.
+        generator : torch.Generator, optional
+            For stochastic methods.
+
+        Returns
+        -------
+        dict of str to Tensor
+            Outputs by name; with ``reduce`` the reduced output under the name and its rows as ``"atomic_<name>"``.
+
+        Raises
+        ------
+        InvalidInputError, InvalidTypeError
+            For bad input, naming field, structure and atom.
+        BackboneOutputError
+            If the backbone does not return what it declared, or something not finite.
+        """
+        conservative = forces or stress
+        batch = self._checked(batch)
+        if conservative:
+            self._check_energy(energy)
+        if stress:
+            _refuse_without_cell(batch)
+        if create_graph is None:
+            create_graph = conservative and torch.is_grad_enabled() and (self.training or batch[keys.POS].requires_grad)
+        with torch.set_grad_enabled(torch.is_grad_enabled() or conservative):
+            strained, leaves = _make_differentiable(batch, stress) if conservative else (batch, [])
+            graph = self._with_edges(strained)
+            frames = self._frames(graph, generator)
+            total = Average(self, graph, frames, energy if conservative else None, create_graph, spread)
+            out = total.run()
+            if conservative:
+                gradients = torch.autograd.grad(
+                    total.differentiated, leaves, total.cotangents, create_graph=create_graph, allow_unused=True
+                )
+                if forces:
+                    gradient = gradients[0] if gradients[0] is not None else torch.zeros_like(batch[keys.POS])
+                    out["forces"] = -gradient
+                if stress:
+                    out["stress"] = gradients[-1] / torch.linalg.det(batch[keys.CELL]).abs()[:, None, None]
+        return out
+
+    def frames(self, batch: Data, generator: torch.Generator | None = None) -> FrameSet:
+        """Group elements and weights of a batch."""
+        return self._frames(self._with_edges(self._checked(batch)), generator)
+
+    def explain(self, batch: Data) -> Plan:
+        """What evaluating this batch will take: strata, effective number of frames, evaluations, copied atoms."""
+        with torch.no_grad():
+            graph = self._with_edges(self._checked(batch))
+            frames = self._frames(graph, None)
+            hops = self.backbone.receptive_field if self.scope == "atom" else None
+            return make_plan(graph, frames, hops, self.chunk_size or DEFAULT_CHUNK_SIZE, self.group)
+
+    def extra_repr(self) -> str:
+        centered = "around every atom" if self.scope == "atom" else "around the centroid of a finite structure"
+        return f"group={self.group}, scope={self.scope} ({centered}), chunk_size={self.chunk_size}"
+
+    def _checked(self, batch: Data) -> Data:
+        batch = validate(batch)
+        expected = {p.dtype for p in self.backbone.parameters() if p.is_floating_point()}
+        dtype = batch[keys.POS].dtype
+        if expected and dtype not in expected:
+            raise InvalidTypeError(
+                f"pos: expected the dtype of the backbone's parameters ({next(iter(expected))}), got {dtype}; "
+                "convert one of them, e.g. model.to(torch.float64)"
+            )
+        for name, irreps in self.backbone.vectors.items():
+            value, spec = batch.get(name), OutputSpec(irreps)
+            shape = (batch[keys.POS].shape[0], *spec.shape)
+            if not isinstance(value, Tensor) or tuple(value.shape) != shape:
+                got = "none" if value is None else tuple(getattr(value, "shape", ()))
+                raise InvalidInputError(f"{name}: expected a field of shape {shape} ({irreps}), got {got}")
+        return batch
+
+    def _check_energy(self, energy: str) -> None:
+        spec = self.backbone.outputs.get(energy)
+        if spec is None:
+            raise DeclarationError(f"energy: unknown output {energy!r}, {did_you_mean(energy, self.backbone.outputs)}")
+        if not spec.is_invariant_scalar or (spec.per == "atom" and spec.reduce != "sum"):
+            raise DeclarationError(
+                f"energy: forces derive from a '0e' that is per structure or a sum over atoms, {energy!r} is {spec}"
+            )
+
+    def _with_edges(self, batch: Data) -> Data:
+        return batch if self.backbone.cutoff is None else with_neighbors(batch, self.backbone.cutoff)
+
+    def _frames(self, graph: Data, generator: torch.Generator | None) -> FrameSet:
+        if self.scope == "atom":
+            # Candidates have to cover everything the backbone sees from a center, or the average is not exact.
+            hops = self.backbone.receptive_field or 1
+            if hops > 1:
+                reach = hops * float(self.backbone.cutoff or 0.0)
+                bare = replace(graph, **{keys.EDGE_INDEX: None, keys.CELL_SHIFT: None, keys.EDGE_CUTOFF: None})
+                graph = with_neighbors(bare, reach)
+        frames = self.method.frames(
+            graph, group=self.group, scope=self.scope, l_max=self.l_max, generator=generator
+        )
+        if self.backbone.vectors and bool((frames.stratum == int(Stratum.AXIS)).any()):
+            raise NoFrameError(
+                "ECSE: an environment is collinear (or nearly so), and the axial average is exact only for backbones "
+                f"without vector inputs, got {sorted(self.backbone.vectors)}"
+            )
+        return frames
+
+
+def _resolve_scope(backbone: Backbone, scope: str | None) -> str:
+    per_structure = sorted(name for name, spec in backbone.outputs.items() if spec.per == "structure")
+    if scope is None:
+        return "atom" if backbone.receptive_field in (0, 1) and not per_structure else "structure"
+    check_scope(scope)
+    if scope == "atom":
+        if per_structure:
+            raise DeclarationError(f"scope='atom': expected per-atom outputs only, {per_structure} are per structure")
+        if backbone.receptive_field is None:
+            raise DeclarationError(
+                "scope='atom': expected a backbone with a finite receptive_field (hops), got None: it sees everything"
+            )
+        if backbone.cutoff is None:
+            raise DeclarationError("scope='atom': expected a backbone with a cutoff, got None")
+    return scope
+
+
+def _make_differentiable(batch: Data, stress: bool) -> tuple[Data, list[Tensor]]:
+    """Positions and, for the stress, a symmetric strain as leaves to differentiate with respect to."""
+    pos = batch[keys.POS]
+    if not pos.requires_grad:
+        pos = pos.detach().requires_grad_()
+    if not stress:
+        return replace(batch, **{keys.POS: pos, keys.EDGE_VEC: None}), [pos]
+    n_structures = batch[keys.PTR].shape[0] - 1
+    strain = torch.zeros(n_structures, 3, 3, dtype=pos.dtype, device=pos.device, requires_grad=True)
+    symmetric = (strain + strain.transpose(1, 2)) / 2
+    moved = pos + (pos[:, None, :] @ symmetric[batch[keys.BATCH]])[:, 0]
+    cell = batch[keys.CELL] + batch[keys.CELL] @ symmetric
+    return replace(batch, **{keys.POS: moved, keys.CELL: cell, keys.EDGE_VEC: None}), [pos, strain]
+
+
+def _refuse_without_cell(batch: Data) -> None:
+    volume = torch.linalg.det(batch[keys.CELL].detach().to(torch.float64)).abs()
+    flat = (~(volume > 0.0)).nonzero()
+    if len(flat):
+        raise InvalidInputError(f"stress: expected a cell with a volume, structure {int(flat[0])} has none")

@@ -1,0 +1,81 @@
+"""Measuring and judging symmetries: structures, paths, group elements, measurements, tolerances."""
+
+from symmetrize.testing.derivatives import DerivativeError, conservative, measure_forces_fd, measure_hessian_symmetry
+from symmetrize.testing.elements import (
+    Element,
+    batched,
+    change_lattice,
+    displaced,
+    elements,
+    permute,
+    random_elements,
+    special_elements,
+    split,
+    supercell,
+    transform,
+    translate,
+    wrap,
+)
+from symmetrize.testing.geometries import GEOMETRIES, Geometry, geometries, with_species
+from symmetrize.testing.measures import (
+    Deviation,
+    Measurement,
+    measure_batching,
+    measure_determinism,
+    measure_equivariance,
+    measure_mutation,
+    measure_periodicity,
+    measure_permutation,
+    measure_translation,
+)
+from symmetrize.testing.paths import Path, paths
+from symmetrize.testing.scales import Scale, declared, error_scale
+from symmetrize.testing.smoothness import Jump, Smoothness, along, max_derivatives, measure_smoothness
+from symmetrize.testing.tolerances import EXACT_FACTOR, NEAR_COLLINEAR_FACTOR, tolerance, within
+
+__all__ = [
+    "EXACT_FACTOR",
+    "GEOMETRIES",
+    "NEAR_COLLINEAR_FACTOR",
+    "DerivativeError",
+    "Deviation",
+    "Element",
+    "Geometry",
+    "Jump",
+    "Measurement",
+    "Path",
+    "Scale",
+    "Smoothness",
+    "along",
+    "batched",
+    "change_lattice",
+    "conservative",
+    "declared",
+    "displaced",
+    "elements",
+    "error_scale",
+    "geometries",
+    "max_derivatives",
+    "measure_batching",
+    "measure_determinism",
+    "measure_equivariance",
+    "measure_forces_fd",
+    "measure_hessian_symmetry",
+    "measure_mutation",
+    "measure_periodicity",
+    "measure_permutation",
+    "measure_smoothness",
+    "measure_translation",
+    "paths",
+    "permute",
+    "random_elements",
+    "special_elements",
+    "split",
+    "supercell",
+    "tolerance",
+    "transform",
+    "translate",
+    "with_species",
+    "within",
+    "wrap",
+]

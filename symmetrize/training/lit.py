@@ -1,0 +1,260 @@
+"""The Lightning side of training: module, data module, reproducible order, console output."""
+
+from __future__ import annotations
+
+import copy
+import math
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback, TQDMProgressBar
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+from torch_geometric.data import Batch
+
+from symmetrize import keys
+from symmetrize.backbone import Backbone
+from symmetrize.training.config import LossRecipe, Recipe
+from symmetrize.training.dataset import TARGET_ENERGY, TARGET_FORCES, Split, StructureTable, augment, generator_for
+from symmetrize.training.gradients import energy_and_forces, error_sums, errors_from
+from symmetrize.training.muon import Muon, muon_groups
+
+MONITOR = "validation/forces_mae"
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+# First number of the seeds of each use of randomness, so that no two of them share a stream.
+_ORDER, _ORIENTATION = 1, 2
+
+
+def loss_of(error: Tensor, recipe: LossRecipe) -> Tensor:
+    """Mean loss of errors in units of the energy scale: ``error`` of shape (n, 1) or (n, 3)."""
+    if recipe.kind == "mse":
+        return error.square().mean()
+    if recipe.kind == "mae":
+        return error.abs().mean()
+    if recipe.kind == "norm":
+        return (error.square().sum(dim=1) + 1e-12).sqrt().mean()
+    return torch.nn.functional.huber_loss(error, torch.zeros_like(error), delta=recipe.huber_delta)
+
+
+class TrainingModule(pl.LightningModule):
+    """A bare backbone, its running average, the loss and the optimizer.
+
+    Parameters
+    ----------
+    backbone : Backbone
+        With a per-atom output ``energy``; what is trained.
+    recipe : Recipe
+    scale : float
+        Energy scale (eV) in whose units the loss is measured.
+    """
+
+    def __init__(self, backbone: Backbone, recipe: Recipe, scale: float) -> None:
+        super().__init__()
+        self.backbone = backbone
+        # A frozen copy instead of a callback: it is part of every checkpoint and moves along with the module.
+        self.average = copy.deepcopy(backbone).requires_grad_(False)
+        self.recipe = recipe
+        self.scale = scale
+        self._sums = torch.zeros(6, dtype=torch.float64)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        recipe = self.recipe
+        if recipe.augmentation:
+            key = (recipe.seed, _ORIENTATION, self.current_epoch, batch_idx, self.global_rank)
+            batch = augment(batch, generator_for(*key))
+        energy, forces = energy_and_forces(self.backbone, batch, create_graph=True)
+        n_atoms = batch[keys.PTR].diff()
+        loss = energy.new_zeros(())
+        if recipe.loss.energy > 0:
+            error = (energy - batch[TARGET_ENERGY]) / (n_atoms * self.scale)
+            loss = loss + recipe.loss.energy * loss_of(error[:, None], recipe.loss)
+        if recipe.loss.forces > 0:
+            loss = loss + recipe.loss.forces * loss_of((forces - batch[TARGET_FORCES]) / self.scale, recipe.loss)
+        size = int(n_atoms.shape[0])
+        self.log("train/loss", loss.detach(), on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
+        force_error = (forces.detach() - batch[TARGET_FORCES]).abs().mean()
+        self.log("train/forces_mae", force_error, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
+        return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        # The decay grows to its final value, so that the first random weights are forgotten at once.
+        step = self.global_step
+        decay = min(self.recipe.ema, (1.0 + step) / (10.0 + step)) if self.recipe.ema > 0 else 0.0
+        with torch.no_grad():
+            average, current = list(self.average.parameters()), list(self.backbone.parameters())
+            torch._foreach_lerp_(average, [p.detach() for p in current], 1.0 - decay)
+
+    def on_validation_epoch_start(self) -> None:
+        self._sums = torch.zeros(6, dtype=torch.float64)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        with torch.enable_grad():
+            energy, forces = energy_and_forces(self.average, batch, create_graph=False)
+        self._sums = self._sums + error_sums(energy, forces, batch).cpu()
+
+    def on_validation_epoch_end(self) -> None:
+        sums = self.trainer.strategy.reduce(self._sums.to(self.device), reduce_op="sum")
+        errors = errors_from(torch.as_tensor(sums))
+        self.log("validation/energy_mae", errors.energy_mae)
+        self.log("validation/energy_rmse", errors.energy_rmse)
+        self.log("validation/forces_mae", errors.forces_mae)
+        self.log("validation/forces_rmse", errors.forces_rmse)
+
+    def configure_optimizers(self) -> Any:
+        recipe = self.recipe.optimizer
+        betas = (recipe.beta1, recipe.beta2)
+        optimizer: torch.optim.Optimizer
+        if recipe.name == "muon":
+            optimizer = Muon(
+                muon_groups(self.backbone),
+                lr=recipe.lr,
+                momentum=recipe.momentum,
+                betas=betas,
+                weight_decay=recipe.weight_decay,
+            )
+        else:
+            optimizer = torch.optim.AdamW(
+                self.backbone.parameters(), lr=recipe.lr, betas=betas, weight_decay=recipe.weight_decay
+            )
+        total = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.rate(step, total))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def rate(self, step: int, total: int) -> float:
+        """Learning rate of a step, relative to the highest one."""
+        schedule = self.recipe.schedule
+        warmup = max(1, round(schedule.warmup * total))
+        if step < warmup:
+            return (step + 1) / warmup
+        progress = min(1.0, (step - warmup) / max(1, total - warmup))
+        return schedule.final + (1.0 - schedule.final) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+class EpochOrder(Sampler[int]):
+    """Seeded order of the training structures, a new one every epoch; with several devices, the share of one.
+
+    Parameters
+    ----------
+    n_structures : int
+    seed : int
+    rank, n_ranks : int
+        Which device of how many.
+    """
+
+    def __init__(self, n_structures: int, seed: int, rank: int = 0, n_ranks: int = 1) -> None:
+        self.n_structures, self.seed, self.rank, self.n_ranks = n_structures, seed, rank, n_ranks
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by Lightning before each epoch."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = generator_for(self.seed, _ORDER, self.epoch)
+        order = torch.randperm(self.n_structures, generator=generator)
+        # Every device takes the same number of steps, or the others wait forever.
+        order = order.repeat(2 + self.n_ranks // self.n_structures)[: len(self) * self.n_ranks]
+        return iter(order[self.rank :: self.n_ranks].tolist())
+
+    def __len__(self) -> int:
+        return -(-self.n_structures // self.n_ranks)
+
+
+class TableDataModule(pl.LightningDataModule):
+    """Batches gathered from a `StructureTable`.
+
+    Parameters
+    ----------
+    table : StructureTable
+    parts : Split
+    baseline : Tensor of shape (n_structures,)
+        Composition energies (eV).
+    recipe : Recipe
+    """
+
+    def __init__(self, table: StructureTable, parts: Split, baseline: Tensor, recipe: Recipe) -> None:
+        super().__init__()
+        self.table, self.parts, self.baseline, self.recipe = table, parts, baseline, recipe
+
+    def _collate(self, picked: list[int]) -> Batch:
+        return self.table.select(torch.tensor(picked), DTYPES[self.recipe.dtype], self.baseline)
+
+    def _ranks(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        structures = self.parts.train.tolist()
+        order = EpochOrder(len(structures), self.recipe.seed, *self._ranks())
+        return DataLoader(structures, self.recipe.batch_size, sampler=order, collate_fn=self._collate)  # type: ignore[arg-type]
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        rank, n_ranks = self._ranks()
+        structures = self.parts.validation.tolist()[rank::n_ranks]
+        return DataLoader(structures, max(50, self.recipe.batch_size), collate_fn=self._collate)  # type: ignore[arg-type]
+
+
+class EpochLines(Callback):
+    """One line per validation on standard output, for logs and terminals without cursor control."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+        self._first = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._start, self._first = time.monotonic(), trainer.current_epoch
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        epoch = trainer.current_epoch + 1
+        n_epochs = trainer.max_epochs or epoch
+        if not trainer.is_global_zero or MONITOR not in trainer.callback_metrics:
+            return
+        if epoch % trainer.check_val_every_n_epoch and epoch != n_epochs:  # type: ignore[operator]
+            return
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        elapsed = time.monotonic() - self._start
+        left = elapsed / max(1, epoch - self._first) * (n_epochs - epoch)
+        print(
+            f"epoch {epoch:>{len(str(n_epochs))}}/{n_epochs}"
+            f"  loss {metrics.get('train/loss', math.nan):.3e}"
+            f"  force MAE [meV/A] train {1e3 * metrics.get('train/forces_mae', math.nan):.2f}"
+            f" validation {1e3 * metrics[MONITOR]:.2f}"
+            f"  energy MAE [meV] {1e3 * metrics['validation/energy_mae']:.2f}"
+            f"  {elapsed:.0f} s, {left:.0f} s left",
+            flush=True,
+        )
+
+
+class Stopwatch(Callback):
+    """Wall time of the training loop (s), carried over to resumed runs by the checkpoints.
+
+    Attributes
+    ----------
+    seconds : float
+        Up to the last epoch that ended.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._since = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._since = time.monotonic() - self.seconds
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.seconds = time.monotonic() - self._since
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.seconds = float(state_dict["seconds"])
+
+
+def progress_callback() -> Callback:
+    """A bar on a terminal, lines elsewhere."""
+    return TQDMProgressBar(refresh_rate=10) if sys.stderr.isatty() else EpochLines()

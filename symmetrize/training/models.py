@@ -1,0 +1,122 @@
+"""From the name in a recipe to an untrained backbone, and from a trained one to files."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+
+from symmetrize.backbone import Backbone
+from symmetrize.errors import DeclarationError, InvalidTypeError, did_you_mean
+from symmetrize.training.config import BackboneRecipe, RecipeError
+
+
+@runtime_checkable
+class Savable(Protocol):
+    """A backbone with weight files of its own: ``<path>.safetensors`` and ``<path>.json``, which holds ``metadata``."""
+
+    metadata: dict[str, Any]
+
+    def save(self, path: Path) -> Any:
+        """Write both files."""
+
+
+def build_backbone(recipe: BackboneRecipe, atomic_types: tuple[int, ...], seed: int) -> Backbone:
+    """Untrained backbone with seeded weights.
+
+    Parameters
+    ----------
+    recipe : BackboneRecipe
+    atomic_types : tuple of int
+        Used where the recipe gives none.
+    seed : int
+        The global generator of torch is left as it was.
+
+    Raises
+    ------
+    RecipeError
+        Unknown backbone, or hyperparameters that it refuses.
+    """
+    hyperparameters = {"atomic_types": list(atomic_types), **recipe.hyperparameters}
+    factory = _pet if recipe.name == "pet" else _factory(recipe.name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            backbone = factory(hyperparameters, seed)
+        except (DeclarationError, TypeError) as error:
+            raise RecipeError(f"backbone.hyperparameters: {error}") from error
+    if not isinstance(backbone, Backbone):
+        raise InvalidTypeError(f"backbone.name: {recipe.name} made a {type(backbone).__name__}, expected a Backbone")
+    if "energy" not in backbone.outputs or backbone.outputs["energy"].per != "atom":
+        raise RecipeError(f"backbone.name: expected a per-atom output 'energy', got {backbone.outputs}")
+    return backbone
+
+
+def _pet(hyperparameters: dict[str, Any], seed: int) -> Any:
+    # Adapters are found by name at run time: the core does not import them.
+    pet = importlib.import_module("symmetrize.backbones.pet")
+    return pet.PET(pet.PETConfig.from_dict(hyperparameters), seed=seed)
+
+
+def _factory(name: str) -> Callable[[dict[str, Any], int], Any]:
+    module, _, attribute = name.partition(":")
+    if not attribute:
+        raise RecipeError(
+            f"backbone.name: expected 'package.module:factory' or a trainable backbone, got {name!r}; "
+            + did_you_mean(name, ["pet"])
+        )
+    try:
+        factory = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise RecipeError(f"backbone.name: cannot import {name!r}: {error}") from error
+    return lambda hyperparameters, seed: factory(**hyperparameters)
+
+
+def set_energy_reference(backbone: Backbone, composition: torch.Tensor, scale: float) -> None:
+    """Store composition energies (n_species,) and the energy scale (eV) in a backbone.
+
+    Raises
+    ------
+    RecipeError
+        The backbone has no buffers ``composition`` and ``scale``.
+    """
+    buffers = dict(backbone.named_buffers())
+    for name, value in {"composition": composition, "scale": torch.tensor(scale)}.items():
+        if name not in buffers:
+            raise RecipeError(f"backbone: {type(backbone).__name__} has no buffer {name!r}, which training sets")
+        with torch.no_grad():
+            buffers[name].copy_(value.reshape(buffers[name].shape))
+
+
+def save_backbone(backbone: Backbone, stem: Path, metadata: dict[str, Any]) -> None:
+    """Write ``stem.safetensors`` and ``stem.json``; neither name ever stands for half a file."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=stem.parent, prefix=".saving-") as folder:
+        inner = Path(folder) / stem.name
+        if isinstance(backbone, Savable):
+            backbone.metadata = metadata
+            backbone.save(inner)
+        else:
+            from safetensors.torch import save_file
+
+            save_file({name: value.contiguous() for name, value in backbone.state_dict().items()}, f"{inner}.safetensors")
+            Path(f"{inner}.json").write_text(json.dumps({"metadata": metadata}, indent=2), encoding="utf-8")
+        for suffix in (".safetensors", ".json"):
+            os.replace(f"{inner}{suffix}", f"{stem}{suffix}")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside ``path`` that becomes it when the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saving-") as folder:
+        inner = Path(folder) / path.name
+        yield inner
+        os.replace(inner, path)
