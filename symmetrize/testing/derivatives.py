@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -110,11 +111,14 @@ def measure_forces_fd(
     def energies(changed: Batch) -> Tensor:
         return _take(f(copied(changed)), energy, (n_structures,))
 
+    def moved(direction: Tensor, s: float) -> Tensor:
+        return energies(moved_to(batch, (pos + s * direction).to(_device(batch))))
+
     errors, doubts = [], []
     for _ in range(n_directions):
         direction = torch.randn(pos.shape, dtype=torch.float64, generator=generator)
         analytic = -segment_sum((forces * direction).sum(dim=1), structure, n_structures)
-        numeric, doubt = _richardson(lambda s, v=direction: energies(moved_to(batch, (pos + s * v).to(_device(batch)))), h)
+        numeric, doubt = _richardson(partial(moved, direction), h)
         errors.append((numeric - analytic).abs() / lengths.sqrt())
         doubts.append(doubt / lengths.sqrt())
     out = {"forces": _result("forces", errors, doubts, forces)}
@@ -175,13 +179,13 @@ def measure_hessian_symmetry(
     structure, n_structures = batch[keys.BATCH].cpu(), batch[keys.PTR].shape[0] - 1
     lengths = 3.0 * torch.bincount(structure, minlength=n_structures)
 
-    def forces(s: float, direction: Tensor) -> Tensor:
+    def forces(direction: Tensor, s: float) -> Tensor:
         return _take(f(copied(moved_to(batch, (pos + s * direction).to(_device(batch))))), "forces", (len(pos), 3))
 
     errors, doubts, products = [], [], []
     for _ in range(n_pairs):
         v, w = torch.randn((2, *pos.shape), dtype=torch.float64, generator=generator)
-        (hv, doubt_v), (hw, doubt_w) = (_richardson(lambda s, x=x: forces(s, x), h) for x in (v, w))
+        (hv, doubt_v), (hw, doubt_w) = (_richardson(partial(forces, x), h) for x in (v, w))
         curl = segment_sum((w * hv - v * hw).sum(dim=1), structure, n_structures)
         errors.append(curl.abs() / lengths.sqrt())
         doubts.append(torch.stack([doubt_v.max(), doubt_w.max()]))

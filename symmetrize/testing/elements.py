@@ -6,6 +6,7 @@ done in float64, results have the dtype of the batch.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from symmetrize.ops.rotations import about_axis, random_rotations
 from symmetrize.representations import OutputSpec, check_group
 
 _EDGE_FIELDS = (keys.EDGE_INDEX, keys.CELL_SHIFT, keys.EDGE_CUTOFF, keys.EDGE_VEC)
+_KNOWN = (keys.POS, keys.X, keys.Z, keys.BATCH, keys.PTR, keys.CELL, keys.PBC, keys.CENTER_MASK, *_EDGE_FIELDS)
 _NOT_PER_ATOM = (keys.PTR, keys.CELL, keys.PBC, *_EDGE_FIELDS)
 
 
@@ -76,7 +78,7 @@ def special_elements(*, group: str = "O(3)") -> list[Element]:
     return out
 
 
-def elements(generator: torch.Generator, *, group: str = "O(3)", n_random: int = 6) -> list[Element]:
+def group_elements(generator: torch.Generator, *, group: str = "O(3)", n_random: int = 6) -> list[Element]:
     """All `special_elements` and ``n_random`` `random_elements`."""
     return special_elements(group=group) + random_elements(n_random, generator, group=group)
 
@@ -218,7 +220,7 @@ def supercell(batch: Data, repeats: Sequence[int] = (2, 1, 1)) -> tuple[Batch, T
     cells, pbc, device = batch[keys.CELL].detach(), batch[keys.PBC], batch[keys.POS].device
     pos, origin, counts, boxes, factors = [], [], [], [], []
     for s, (first, last) in enumerate(_ranges(batch)):
-        n = torch.where(pbc[s], torch.tensor(list(repeats), device=device), torch.ones(3, dtype=torch.int64, device=device))
+        n = torch.where(pbc[s].cpu(), torch.tensor(list(repeats)), torch.ones(3, dtype=torch.int64)).to(device)
         images = torch.cartesian_prod(*[torch.arange(int(k), device=device) for k in n]).to(torch.float64)
         shift = images @ cells[s].to(torch.float64)
         rows = batch[keys.POS][first:last].detach().to(torch.float64)
@@ -229,7 +231,7 @@ def supercell(batch: Data, repeats: Sequence[int] = (2, 1, 1)) -> tuple[Batch, T
         factors.append(len(images))
     source = torch.cat(origin)
     fields = {name: batch[name][source] for name in _per_atom(batch) if name not in (keys.POS, keys.BATCH)}
-    others = {name: batch[name] for name in batch.keys() if name not in (*_per_atom(batch), *_NOT_PER_ATOM)}  # noqa: SIM118
+    others = {name: batch[name] for name in batch.keys() if name not in (*_per_atom(batch), *_NOT_PER_ATOM)}
     out = assemble(
         pos=torch.cat(pos), counts=torch.tensor(counts), **fields, **others, cell=torch.stack(boxes), pbc=pbc.clone()
     )
@@ -241,7 +243,8 @@ def displaced(batch: Data, generator: torch.Generator, size: float = 0.05) -> Ba
     """Random strain and displacements of relative size ``size``, which break every symmetry of a structure.
 
     The strain is ``size / 2`` times a symmetric standard normal matrix, the displacements are ``size`` times a
-    standard normal times the shortest distance in the structure. Neighbor lists are built anew where there were any.
+    standard normal times the shortest distance in the structure. Further floating-point fields, such as vectors, are
+    multiplied by one plus ``size`` times a standard normal. Neighbor lists are built anew where there were any.
     """
     batch = validate(batch)
     pos, n_structures = batch[keys.POS].detach().to(torch.float64), batch[keys.PTR].shape[0] - 1
@@ -257,7 +260,14 @@ def displaced(batch: Data, generator: torch.Generator, size: float = 0.05) -> Ba
     structure = batch[keys.BATCH]
     step = torch.randn(pos.shape, dtype=torch.float64, generator=generator).to(pos.device)
     moved = torch.einsum("na,nab->nb", pos, strain[structure]) + size * lengths[structure][:, None] * step
-    return moved_to(batch, moved, batch[keys.CELL].detach().to(torch.float64) @ strain)
+    out = moved_to(batch, moved, batch[keys.CELL].detach().to(torch.float64) @ strain)
+    further = {}
+    for name in sorted(batch.keys()):
+        value = batch[name]
+        if name not in _KNOWN and isinstance(value, Tensor) and value.is_floating_point():
+            factor = 1.0 + size * torch.randn(value.shape, dtype=torch.float64, generator=generator)
+            further[name] = value.detach() * factor.to(value)
+    return replace(out, **further)
 
 
 def moved_to(batch: Data, pos: Tensor, cell: Tensor | None = None) -> Batch:
@@ -278,7 +288,7 @@ def split(batch: Data) -> list[Batch]:
     for s in range(n_structures):
         atoms, _ = gather_rows(ptr, torch.tensor([s], device=ptr.device))
         fields: dict[str, Any] = {name: batch[name][atoms] for name in per_atom}
-        for name in batch.keys():  # noqa: SIM118
+        for name in batch.keys():
             if name in fields or name in (keys.BATCH, keys.PTR, keys.EDGE_INDEX, keys.CELL_SHIFT, keys.EDGE_VEC):
                 continue
             value = batch[name]
@@ -298,20 +308,20 @@ def copied(batch: Data) -> Batch:
     """The batch with every tensor copied and detached, so that what a model does to it stays without consequence."""
     return replace(
         batch,
-        **{k: v.detach().clone() for k in batch.keys() if isinstance(v := batch[k], Tensor)},  # noqa: SIM118
+        **{k: v.detach().clone() for k in batch.keys() if isinstance(v := batch[k], Tensor)},
     )
 
 
 def _ranges(batch: Data) -> list[tuple[int, int]]:
     ptr = batch[keys.PTR].tolist()
-    return list(zip(ptr[:-1], ptr[1:], strict=True))
+    return list(itertools.pairwise(ptr))
 
 
 def _per_atom(batch: Data) -> list[str]:
     n_atoms = batch[keys.POS].shape[0]
     return [
         name
-        for name in batch.keys()  # noqa: SIM118
+        for name in batch.keys()
         if name not in _NOT_PER_ATOM and isinstance(batch[name], Tensor) and batch[name].shape[:1] == (n_atoms,)
     ]
 
@@ -330,7 +340,7 @@ def batched(batches: Sequence[Data]) -> Batch:
     counts = torch.cat([batch[keys.PTR].diff() for batch in valid])
     starts = offsets(torch.tensor([batch[keys.POS].shape[0] for batch in valid])).tolist()
     fields: dict[str, Any] = {}
-    for name in valid[0].keys():  # noqa: SIM118
+    for name in valid[0].keys():
         values = [batch[name] for batch in valid]
         if name in (keys.BATCH, keys.PTR):
             continue

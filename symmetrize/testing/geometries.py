@@ -2,7 +2,8 @@
 
 Lengths in angstrom. Tags:
 
-* ``generic``: no symmetry, no coincidence of distances; ``symmetric``: the point group has a proper rotation;
+* ``generic``: no symmetry, no coincidence of distances; ``symmetric``: the point group has a proper rotation,
+  ``near-symmetric``: almost;
 * ``isolated``: one atom without neighbors; ``collinear``: all atoms on a line; ``near-collinear``: almost;
   ``planar``: all atoms in a plane, but not on a line;
 * ``axial``: an environment within `CUTOFF` that is collinear in a structure that is not;
@@ -17,7 +18,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -107,6 +109,10 @@ def _in_general_orientation(atoms: Atoms) -> Atoms:
     return out
 
 
+def _turned(family: Callable[..., Atoms], *args: Any) -> Callable[[], Atoms]:
+    return lambda: _in_general_orientation(family(*args))
+
+
 # --- families with parameters -------------------------------------------------------------------------------------
 
 
@@ -180,7 +186,6 @@ def random_cluster(n: int, seed: int, *, symbols: str = "CHON", spacing: float =
 
 # --- the library --------------------------------------------------------------------------------------------------
 
-_MOLECULE = ("molecule",)
 _register("isolated atom", "isolated", "symmetric")(lambda: _atoms("C", [[0.3, -0.2, 0.1]]))
 _register("isolated atom at the origin", "isolated", "symmetric")(lambda: _atoms("O", [[0, 0, 0]]))
 
@@ -195,20 +200,17 @@ _LINEAR = {
 for _name, (_symbols, _x) in _LINEAR.items():
     _tags = ["molecule", "collinear", "symmetric"]
     _tags += ["equidistant", "centroid"] if _name == "CO2" else []
-    _build = lambda symbols=_symbols, x=_x: linear(symbols, x)  # noqa: E731
-    _register(f"{_name} along x", *_tags, "aligned")(_build)
+    _register(f"{_name} along x", *_tags, "aligned")(partial(linear, _symbols, _x))
     # Rotated, the atoms are collinear up to rounding only.
-    _register(_name, *_tags)(lambda build=_build: _in_general_orientation(build()))
+    _register(_name, *_tags)(_turned(linear, _symbols, _x))
 
 _register("water", "molecule", "planar", "symmetric", "equidistant")(lambda: _in_general_orientation(water()))
 for _angle in (120.0, 150.0, 170.0, 179.0, 179.9):
     _more = () if _angle < 175 else ("near-collinear",)
-    _register(f"water at {_angle:g} degrees", "planar", "symmetric", "equidistant", *_more)(
-        lambda angle=_angle: _in_general_orientation(water(angle))
-    )
+    _register(f"water at {_angle:g} degrees", "planar", "symmetric", "equidistant", *_more)(_turned(water, _angle))
 _register("water at 180 degrees", "collinear", "symmetric", "equidistant", "aligned")(lambda: water(180.0))
 for _exponent in (1, 2, 3, 4, 5, 6, 8, 10, 12, 14):
-    _register(f"CO2, 1e-{_exponent} off the line", "planar", "near-collinear")(lambda e=_exponent: off_axis(10.0**-e))
+    _register(f"CO2, 1e-{_exponent} off the line", "planar", "near-collinear")(partial(off_axis, 10.0**-_exponent))
 
 
 @_register("benzene", "molecule", "planar", "symmetric", "equidistant")
@@ -219,9 +221,7 @@ def _benzene() -> Atoms:
 
 
 for _n, _symbol, _title in ((3, "C", "triangle"), (4, "H", "square"), (5, "C", "pentagon"), (6, "C", "hexagon")):
-    _register(_title, "planar", "symmetric", "equidistant", "cloud")(
-        lambda n=_n, symbol=_symbol: _in_general_orientation(ring(n, symbol=symbol))
-    )
+    _register(_title, "planar", "symmetric", "equidistant", "cloud")(_turned(ring, _n, 1.4, _symbol))
 _register("square in the xy plane", "planar", "symmetric", "equidistant", "aligned", "cloud")(
     lambda: _atoms("H4", [[1, 0, 0], [0, 1, 0], [-1, 0, 0], [0, -1, 0]])
 )
@@ -262,7 +262,9 @@ _register("equidistant neighbors", "equidistant")(
     )
 )
 _register("opposite neighbors", "generic")(
-    lambda: _in_general_orientation(_atoms("COOH", [[0, 0, 0], [1.3, 0, 0], [-1.3, 0, 0], [0.2, 1.5, 0.3]]))
+    lambda: _in_general_orientation(
+        _atoms("COOHN", [[0, 0, 0], [1.3, 0, 0], [-1.3, 0, 0], [0.2, 1.5, 0.3], [-0.4, -0.6, 1.4]])
+    )
 )
 
 # Distances of exactly the cutoff: bonds along x and y so that no rounding moves them.
@@ -272,7 +274,7 @@ _register("line with an atom at the cutoff", "cutoff", "collinear", "aligned", "
     lambda: linear("HCO", [-1.0, 0.0, CUTOFF])
 )
 _register("simple cubic with cutoff neighbors", "cutoff", "periodic", "symmetric", "equidistant", "aligned")(
-    lambda: crystal("Po", "sc", CUTOFF)
+    lambda: crystal("Po", "sc", CUTOFF / 2)
 )
 
 _register("two-hop collinear", "axial")(two_hop_collinear)
@@ -318,9 +320,7 @@ _register("random point cloud", "generic", "chiral", "cloud")(lambda: random_clu
 
 _register("fcc Al", "periodic", "symmetric", "equidistant")(lambda: crystal("Al", "fcc", 4.05))
 _register("bcc Fe", "periodic", "symmetric", "equidistant")(lambda: crystal("Fe", "bcc", 2.87))
-_register("bcc Fe, cubic cell", "periodic", "symmetric", "equidistant")(
-    lambda: crystal("Fe", "bcc", 2.87, cubic=True)
-)
+_register("bcc Fe, cubic cell", "periodic", "symmetric", "equidistant")(lambda: crystal("Fe", "bcc", 2.87, cubic=True))
 _register("fcc Al, cubic cell", "periodic", "symmetric", "equidistant")(lambda: crystal("Al", "fcc", 4.05, cubic=True))
 _register("sc Po", "periodic", "symmetric", "equidistant", "aligned")(lambda: crystal("Po", "sc", 3.35))
 _register("diamond", "periodic", "symmetric", "equidistant")(lambda: crystal("C", "diamond", 3.567))
@@ -332,7 +332,7 @@ _register("rattled carbon", "periodic", "generic")(lambda: crystal("C", "diamond
 @_register("triclinic crystal", "periodic", "generic", "chiral")
 def triclinic() -> Atoms:
     """Four different atoms in a skewed cell, one of them outside it."""
-    points = [[0.1, 0.2, 0.3], [1.9, 1.1, 0.8], [2.6, 2.9, 2.4], [-0.7, 4.1, 1.9]]
+    points = [[0.1, 0.2, 0.3], [1.9, 1.1, 0.8], [2.6, 2.9, 2.4], [-2.4, 4.1, 1.9]]
     return _atoms("CHON", points, cell=[[4.1, 0, 0.2], [-1.1, 4.6, 0], [0.7, -0.9, 4.9]], pbc=True)
 
 

@@ -1,7 +1,7 @@
 """How far a model is from each symmetry it should have: numbers, no verdicts.
 
-Every ``measure_*`` takes any callable ``f(batch) -> dict of Tensor`` and the declarations of its outputs, evaluates it on
-a batch and on changed copies of it, and compares in float64 what came out with what should have. Non-finite outputs
+Every ``measure_*`` takes any callable ``f(batch) -> dict of Tensor`` and the declarations of its outputs, evaluates it
+on a batch and on changed copies of it, and compares in float64 what came out with what should have. Non-finite outputs
 count as infinite errors. Judge with ``within(measurement.relative, tolerance(measurement.dtype))``.
 """
 
@@ -21,8 +21,20 @@ from symmetrize.data import validate
 from symmetrize.errors import InvalidInputError
 from symmetrize.ops.ragged import segment_max, segment_sum
 from symmetrize.representations import OutputSpec
-from symmetrize.testing import elements as actions
-from symmetrize.testing.elements import Element
+from symmetrize.testing.elements import (
+    Element,
+    batched,
+    change_lattice,
+    copied,
+    displaced,
+    group_elements,
+    permute,
+    split,
+    supercell,
+    transform,
+    translate,
+    wrap,
+)
 from symmetrize.testing.scales import Model, Scale, Values, evaluate, resolve_scale
 
 Scales = Mapping[str, Scale | float]
@@ -177,7 +189,7 @@ def measure_equivariance(
     outputs : dict of str to OutputSpec
         `declared` adds forces and stress.
     elements : iterable of Element, optional
-        By default `elements` of ``group``: special and random ones.
+        By default `group_elements` of ``group``: special and random ones.
     vectors : dict of str to str, optional
         Further fields that rotate, as field name -> e3nn irreps.
     generator : torch.Generator, optional
@@ -187,11 +199,11 @@ def measure_equivariance(
     """
     generator = _seeded(generator)
     batch = validate(batch)
-    chosen = actions.elements(generator, group=group) if elements is None else list(elements)
+    chosen = group_elements(generator, group=group) if elements is None else list(elements)
     reference = evaluate(f, batch, outputs)
     cases = []
     for element in chosen:
-        changed = evaluate(f, actions.transform(batch, element, vectors), outputs)
+        changed = evaluate(f, transform(batch, element, vectors), outputs)
         pairs = {}
         for name, value in reference.items():
             expected = value.spec.rotate(value.rows, element.matrix.expand(len(value.rows), 3, 3))
@@ -220,7 +232,7 @@ def measure_permutation(
     row_of_atom = torch.cumsum(mask, dim=0) - 1
     cases = []
     for k in range(n_permutations):
-        permuted, permutation = actions.permute(batch, generator)
+        permuted, permutation = permute(batch, generator)
         changed = evaluate(f, permuted, outputs)
         old = permutation.cpu()
         old_row = row_of_atom[old[mask[old]]]
@@ -247,7 +259,7 @@ def measure_translation(
     batch = validate(batch)
     reference = evaluate(f, batch, outputs)
     cases = [
-        (f"translation {k}", _same(reference, evaluate(f, actions.translate(batch, generator, size), outputs)))
+        (f"translation {k}", _same(reference, evaluate(f, translate(batch, generator, size), outputs)))
         for k in range(n_translations)
     ]
     return _measurement("translation", batch, cases, resolve_scale(f, batch, outputs, reference, scale), generator)
@@ -276,10 +288,10 @@ def measure_periodicity(
     cases = [
         (label, _same(reference, evaluate(f, changed, outputs)))
         for label, changed in (
-            ("wrapped", actions.wrap(batch)),
-            ("random images", actions.wrap(batch, generator)),
-            ("other lattice vectors", actions.change_lattice(batch, generator)),
-            ("other lattice vectors, random images", actions.wrap(actions.change_lattice(batch, generator), generator)),
+            ("wrapped", wrap(batch)),
+            ("random images", wrap(batch, generator)),
+            ("other lattice vectors", change_lattice(batch, generator)),
+            ("other lattice vectors, random images", wrap(change_lattice(batch, generator), generator)),
         )
     ]
     if repeats is not None:
@@ -290,7 +302,7 @@ def measure_periodicity(
 def _supercell(
     f: Model, batch: Batch, outputs: Mapping[str, OutputSpec], repeats: Sequence[int], reference: dict[str, Values]
 ) -> dict[str, _Pair]:
-    repeated, origin, factor = actions.supercell(batch, repeats)
+    repeated, origin, factor = supercell(batch, repeats)
     changed = evaluate(f, repeated, outputs)
     mask = batch.get(keys.CENTER_MASK)
     mask = torch.ones(batch[keys.POS].shape[0], dtype=torch.bool) if mask is None else mask.cpu()
@@ -321,12 +333,12 @@ def measure_batching(
         For a batch of one structure.
     """
     batch = validate(batch)
-    singles = actions.split(batch)
+    singles = split(batch)
     if len(singles) < 2:
         raise InvalidInputError("measure_batching: expected two or more structures, got one")
     reference = evaluate(f, batch, outputs)
     alone = [evaluate(f, single, outputs) for single in singles]
-    backwards = evaluate(f, actions.batched(singles[::-1]), outputs)
+    backwards = evaluate(f, batched(singles[::-1]), outputs)
     pairs_alone, pairs_backwards = {}, {}
     for name, value in reference.items():
         pairs_alone[name] = (value.rows, torch.cat([single[name].rows for single in alone]), value.owner)
@@ -350,7 +362,7 @@ def measure_determinism(
     with torch.random.fork_rng():
         torch.manual_seed(20_000_003)
         cases.append(("other global seed", _same(reference, evaluate(f, batch, outputs))))
-    evaluate(f, actions.displaced(batch, torch.Generator().manual_seed(4)), outputs)
+    evaluate(f, displaced(batch, torch.Generator().manual_seed(4)), outputs)
     cases.append(("after other input", _same(reference, evaluate(f, batch, outputs))))
     return _measurement("determinism", batch, cases, resolve_scale(f, batch, outputs, reference, scale))
 
@@ -361,15 +373,15 @@ def measure_mutation(f: Model, batch: Data) -> dict[str, str]:
     The keys ``"global generator"`` and ``"parameter gradients"`` stand for torch's global random state, and for
     ``grad`` left behind on the parameters of a ``torch.nn.Module``.
     """
-    given = actions.copied(validate(batch))
-    before: dict[str, Any] = {name: given[name] for name in given.keys()}  # noqa: SIM118
+    given = copied(validate(batch))
+    before: dict[str, Any] = {name: given[name] for name in given.keys()}
     content = {k: v.clone() if isinstance(v, Tensor) else v for k, v in before.items()}
     state = torch.get_rng_state()
     parameters = list(f.parameters()) if isinstance(f, torch.nn.Module) else []
     grads = [p.grad for p in parameters]
     f(given)
     found: dict[str, str] = {}
-    for name in given.keys():  # noqa: SIM118
+    for name in given.keys():
         if name not in before:
             found[name] = "added"
     for name, value in before.items():

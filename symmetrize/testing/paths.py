@@ -60,8 +60,8 @@ def paths(cutoff: float = 4.0) -> dict[str, Path]:
         Path("bending propyne", _bending_propyne, (0.5,), "carbons become collinear, three hydrogens off the axis"),
         Path("methyl onto the axis", _methyl, (0.5,), "three off-axis atoms cross the axis together"),
         Path("pair crosses the cutoff", lambda t: _dissociation(t, cutoff), (0.5,), "a dimer falls apart"),
-        Path("right angle crosses the cutoff", lambda t: _right_angle(t, cutoff), (0.5,), "partner leaves at 90 degrees"),
-        Path("atom beside a dimer", lambda t: _beside_dimer(t, cutoff), (0.25, 0.75), "enters either atom's cutoff"),
+        Path("right angle", lambda t: _right_angle(t, cutoff), (0.5,), "partner at 90 degrees leaves"),
+        Path("atom beside a dimer", lambda t: _beside_dimer(t, cutoff), (0.25, 0.75), "leaves either atom's cutoff"),
         Path("atom leaves a cluster", lambda t: _leaving(t, cutoff), (0.5,), "last neighbor of an atom leaves"),
         Path("exchange of nearest neighbors", _exchange, (0.5,), "two neighbors have equal distance"),
         Path("three-fold exchange", _three_fold, (0.5,), "three neighbors have equal distance"),
@@ -123,8 +123,7 @@ def _right_angle(t: float, cutoff: float) -> Atoms:
 
 
 def _beside_dimer(t: float, cutoff: float) -> Atoms:
-    # Along the line y = cutoff, the distance from the atoms at x = 0.6 and x = 1.2 to it is the cutoff's 80 percent, so
-    # that the cutoff of each is crossed going in; the first at t = 0.25, the second at t = 0.75.
+    # Going along x it leaves the cutoff of the first atom at t = 0.25, that of the second (0.6 further) at t = 0.75.
     reach, height = 0.6 * cutoff, 0.8 * cutoff
     x = reach + 1.2 * (t - 0.25)
     return _atoms("NNO", [[0, 0, 0], [0.6, 0, 0], [x, height, 0]])
@@ -160,8 +159,8 @@ def _umbrella(t: float) -> Atoms:
 
 def _tetrahedron(t: float) -> Atoms:
     atoms = methane()
-    amplitude = np.array([[0.2, -0.1, 0.15], [0.3, 0.25, -0.2], [-0.15, 0.3, 0.1], [0.1, -0.2, 0.35], [-0.3, 0.05, 0.2]])
-    atoms.positions += (t - 0.5) * amplitude
+    way = [[0.2, -0.1, 0.15], [0.3, 0.25, -0.2], [-0.15, 0.3, 0.1], [0.1, -0.2, 0.35], [-0.3, 0.05, 0.2]]
+    atoms.positions += (t - 0.5) * np.array(way)
     return atoms
 
 

@@ -62,8 +62,8 @@ class Scale:
     * ``"displacement"``: RMS(y' - y), where there are too few structures for the fit, or where RMS(y - b) is smaller
       than a thousandth of this: zero by symmetry (the dipole of methane, forces in a perfect crystal).
     * ``"given"``: by the caller.
-    * ``"none"``: the output is a constant as far as can be seen; ``value`` is 0 and nothing passes, because a constant
-      proves nothing.
+    * ``"none"``: the output is zero, or invariant and untouched by the deformation: a constant as far as can be seen.
+      ``value`` is 0 and nothing passes, because a constant proves nothing.
 
     Attributes
     ----------
@@ -157,6 +157,9 @@ def error_scale(
         own = _rms_residual(value, batch)
         response = _rms(moved[name].rows - value.rows)
         own, response = (x if x is not None and math.isfinite(x) and x > floor else 0.0 for x in (own, response))
+        if response == 0.0:
+            turning = _rms(value.rows - value.spec.project_invariant(value.rows, "SO(3)"))
+            own = own if turning > floor else 0.0
         if own > 0.0 and own >= _SMALL * response:
             out[name] = Scale(own, "baseline", magnitude)
         elif response > 0.0:

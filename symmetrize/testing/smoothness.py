@@ -6,15 +6,16 @@ either side are extrapolated to c, and their q-th derivatives there are compared
 .. math:: J_q(h) = \left| p_+^{(q)}(c) - p_-^{(q)}(c) \right|
 
 with points at c ± (k + 1/2) h. On halving h this tends to the jump where there is one, and otherwise falls like
-:math:`h^{m - q}` for m points per side, until rounding stops it. c follows the gap with the largest third (fifth)
-difference from level to level. What is reported is the smallest :math:`\max(J_q(h), J_q(h/2))` over the levels: an upper bound of the jump.
+:math:`h^{m - q}` for m points per side, until rounding stops it. From level to level, c follows the gap between two
+points that leaves the smoothest points to either side. What is reported is the smallest
+:math:`\max(J_q(h), J_q(h/2))` over the levels: an upper bound of the jump.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,8 +30,9 @@ if TYPE_CHECKING:
 #: (n,) float64 -> (n, ...): a function along a path, any number of components.
 Curve = Callable[[Tensor], Tensor]
 
-_N_SIDE = 5  # points per side of the extrapolations
-_N_MARGIN = 2  # gaps to either side of the middle that a jump may be in
+_N_FIT = 5  # points per side of the extrapolations
+_N_SIDE = 7  # points per side of which the smoothness is judged
+_N_MARGIN = 3  # gaps to either side of the middle that a jump may be in
 _N_LEVELS = 30
 
 
@@ -143,13 +145,14 @@ def measure_smoothness(
     n_points : int
         Points of the scan.
     n_candidates : int
-        How many of the largest differences on the scan to refine, per order.
+        How many places to refine per order, of two kinds: the largest differences on the scan, and those largest
+        against their surroundings.
     interval : tuple of float
         Range of t.
     """
     first, last = interval
     if n_points < 16 or not last > first:
-        raise InvalidInputError(f"measure_smoothness: expected 16 points or more and a range, got {n_points}, {interval}")
+        raise InvalidInputError(f"expected n_points >= 16 and an increasing interval, got {n_points} and {interval}")
     t = torch.linspace(first, last, n_points, dtype=torch.float64)
     values = _call(curve, t)
     bad = ~torch.isfinite(values).all(dim=1)
@@ -163,9 +166,7 @@ def measure_smoothness(
         return Smoothness(jumps, math.inf, math.inf, math.inf, t, values)
     step = (last - first) / (n_points - 1)
     noise = _noise(curve, t, values)
-    jumps = tuple(
-        _largest(curve, values, t, step, order, noise, events, n_candidates, interval) for order in range(3)
-    )
+    jumps = tuple(_largest(curve, values, t, step, order, noise, events, n_candidates, interval) for order in range(3))
     span = float((values.amax(dim=0) - values.amin(dim=0)).max())
     slope, curvature = max_derivatives(curve, n_points=n_points, interval=interval)
     return Smoothness(jumps, slope, curvature, span, t, values)
@@ -201,10 +202,10 @@ def _noise(curve: Curve, t: Tensor, values: Tensor) -> float:
 
 
 def _one_sided(order: int) -> Tensor:
-    """Weights of the q-th derivative at 0 of the polynomial through k + 1/2, k = 0 .. _N_SIDE - 1."""
-    nodes = torch.arange(_N_SIDE, dtype=torch.float64) + 0.5
-    powers = nodes[None, :] ** torch.arange(_N_SIDE, dtype=torch.float64)[:, None]
-    wanted = torch.zeros(_N_SIDE, dtype=torch.float64)
+    """Weights of the q-th derivative at 0 of the polynomial through k + 1/2, k = 0 .. _N_FIT - 1."""
+    nodes = torch.arange(_N_FIT, dtype=torch.float64) + 0.5
+    powers = nodes[None, :] ** torch.arange(_N_FIT, dtype=torch.float64)[:, None]
+    wanted = torch.zeros(_N_FIT, dtype=torch.float64)
     wanted[order] = math.factorial(order)
     return torch.linalg.solve(powers, wanted)
 
@@ -220,16 +221,28 @@ def _largest(
     n_candidates: int,
     interval: tuple[float, float],
 ) -> Jump:
-    differences = torch.diff(values, n=order + 2, dim=0).abs().amax(dim=1)
-    middles = t[: len(differences)] + 0.5 * (order + 2) * step
     chosen: list[tuple[float, bool]] = [(float(event), True) for event in events]
-    remaining = differences.clone()
-    for _ in range(n_candidates):
-        worst = int(remaining.argmax())
-        chosen.append((float(middles[worst]), False))
-        remaining[max(0, worst - order - 2) : worst + order + 3] = -1.0
+    chosen += [(place, False) for place in _suspects(values, t, step, order, noise, n_candidates)]
     jumps = [_refine(curve, center, fixed, step, order, noise, interval) for center, fixed in chosen]
     return max(jumps, key=lambda jump: jump.size)
+
+
+def _suspects(values: Tensor, t: Tensor, step: float, order: int, noise: float, n_candidates: int) -> list[float]:
+    """Where on the scan to look: the largest differences, and those that stick out most from their surroundings."""
+    chosen: list[float] = []
+    for n, in_contrast in ((order + 2, False), (order + 4, True)):
+        score = torch.diff(values, n=n, dim=0).abs().amax(dim=1)
+        middles = t[: len(score)] + 0.5 * n * step
+        if in_contrast:
+            # A jump is felt by n differences: the median of three times as many is that of the surroundings.
+            reach = 2 * n
+            padded = torch.nn.functional.pad(score[None], (reach, reach), mode="replicate")[0]
+            score = score / (padded.unfold(0, 2 * reach + 1, 1).median(dim=1).values + 2.0**n * noise)
+        for _ in range(n_candidates):
+            worst = int(score.argmax())
+            chosen.append(float(middles[worst]))
+            score[max(0, worst - n) : worst + n + 1] = -1.0
+    return chosen
 
 
 def _refine(
@@ -240,13 +253,11 @@ def _refine(
     offsets = torch.arange(2 * (_N_SIDE + _N_MARGIN), dtype=torch.float64) - half
     sign = (-1.0) ** order
     amplification = math.sqrt(2.0 * float(weights.square().sum()))
-    # Odd differences, since these belong to the gap between two points.
-    p = (3, 3, 5)[order]
     h = min(step, (interval[1] - interval[0]) / (4.0 * half))
     track: list[Jump] = []
     for _ in range(_N_LEVELS):
         floor = amplification * noise / h**order
-        if track and floor > max(track[-1].size, 1e-300):
+        if len(track) > 1 and all(10.0 * jump.noise >= jump.size for jump in track[-2:]):
             break
         if h < 64 * torch.finfo(torch.float64).eps * max(abs(center), 1.0):
             break
@@ -255,20 +266,31 @@ def _refine(
         values = _call(curve, center + h * offsets)
         if not bool(torch.isfinite(values).all()):
             return Jump(order, math.inf, center, math.inf, h)
-        gap = 0
-        if not fixed:
-            differences = torch.diff(values, n=p, dim=0).abs().amax(dim=1)
-            middle = (len(differences) - 1) // 2
-            gap = int(differences[middle - _N_MARGIN : middle + _N_MARGIN + 1].argmax()) - _N_MARGIN
-            center += h * gap
+        gap = 0 if fixed else _best_gap(values)
+        center += h * gap
         cut = _N_SIDE + _N_MARGIN + gap
-        left, right = values[cut - _N_SIDE : cut].flip(0), values[cut : cut + _N_SIDE]
+        left, right = values[cut - _N_FIT : cut].flip(0), values[cut : cut + _N_FIT]
         size = float((weights @ right - sign * (weights @ left)).abs().max()) / h**order
         track.append(Jump(order, size, center, floor, h))
         h *= 0.5
+    # Two levels in a row, lest a change of sign pass for a small jump.
     best = track[0]
     for k in range(1, len(track)):
         pair = max(track[k - 1], track[k], key=lambda jump: jump.size)
         if k == 1 or pair.size < best.size:
             best = pair
-    return best
+    # The place is known best where the jump is still itself and the step is smallest.
+    finest = [j for j in track if 10.0 * j.noise <= j.size and 0.5 * best.size <= j.size <= 2.0 * best.size]
+    return replace(finest[-1], size=best.size) if finest else best
+
+
+def _best_gap(values: Tensor) -> int:
+    """Which gap, counted from the middle, leaves the smoothest points beside it; the middle unless twice as good."""
+    differences = torch.diff(values, n=5, dim=0).abs().amax(dim=1)
+    roughness = {}
+    for gap in range(-_N_MARGIN, _N_MARGIN + 1):
+        cut = _N_SIDE + _N_MARGIN + gap
+        sides = [differences[cut - _N_SIDE : cut - 5], differences[cut : cut + _N_SIDE - 5]]
+        roughness[gap] = float(torch.cat(sides).max())
+    best = min(roughness, key=lambda gap: (roughness[gap], abs(gap)))
+    return best if 2.0 * roughness[best] < roughness[0] else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -115,18 +116,34 @@ class OptimizerRecipe:
 
 @dataclass(frozen=True)
 class ScheduleRecipe:
-    """Linear warmup, then half a cosine down to a fraction of the highest learning rate.
+    """Linear warmup, constant rate, and half a cosine down to a fraction of the highest learning rate.
 
     Attributes
     ----------
     warmup : float
-        Fraction of all steps.
+        Epochs.
+    decay : float
+        Epochs, the last ones; 0: everything behind the warmup. While the rate is constant, a run may be resumed with
+        other ``epochs`` and ``decay``, since what was done so far is the same.
     final : float
         Last learning rate, relative to the highest one.
     """
 
-    warmup: float = 0.02
+    warmup: float = 2.0
+    decay: float = 0.0
     final: float = 0.0
+
+    def rate(self, epoch: float, epochs: int) -> float:
+        """Learning rate, relative to the highest one, after ``epoch`` (with fractions) of ``epochs``."""
+        if epoch < self.warmup:
+            return epoch / self.warmup
+        start = self.decay_start(epochs)
+        progress = min(1.0, max(0.0, (epoch - start) / max(1e-9, epochs - start)))
+        return self.final + (1.0 - self.final) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+    def decay_start(self, epochs: int) -> float:
+        """Epoch from which on the rate falls."""
+        return max(self.warmup, epochs - self.decay) if self.decay > 0 else self.warmup
 
 
 @dataclass(frozen=True)
@@ -188,6 +205,8 @@ class Recipe:
             "seed": self.seed,
             "data.split_seed": self.data.split_seed,
             "patience": self.patience,
+            "schedule.warmup": self.schedule.warmup,
+            "schedule.decay": self.schedule.decay,
             "loss.energy": self.loss.energy,
             "loss.forces": self.loss.forces,
             "optimizer.weight_decay": self.optimizer.weight_decay,
@@ -198,7 +217,6 @@ class Recipe:
                 raise RecipeError(f"{name}: expected zero or a positive number, got {value}")
         fractions = {
             "ema": self.ema,
-            "schedule.warmup": self.schedule.warmup,
             "schedule.final": self.schedule.final,
             "optimizer.beta1": self.optimizer.beta1,
             "optimizer.beta2": self.optimizer.beta2,

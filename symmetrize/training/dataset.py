@@ -122,9 +122,7 @@ def tabulate(structures: Sequence[Atoms], cutoff: float | None, energy_key: str,
     energy = torch.tensor(
         [float(_reference(atoms, energy_key, n, ())) for n, atoms in enumerate(structures)], dtype=torch.float64
     )
-    forces = np.concatenate(
-        [_reference(atoms, forces_key, n, (len(atoms), 3)) for n, atoms in enumerate(structures)]
-    )
+    forces = np.concatenate([_reference(atoms, forces_key, n, (len(atoms), 3)) for n, atoms in enumerate(structures)])
     batch = from_ase(structures, cutoff=cutoff)
     n_structures = len(structures)
     if cutoff is None:
@@ -156,7 +154,7 @@ def read_structures(recipe: DataRecipe) -> list[Atoms]:
     if not path.is_file():
         hint = f"; get it from {recipe.source}" if recipe.source else ""
         raise InvalidInputError(f"data.path: expected a file of structures, there is none at {path}{hint}")
-    structures = ase.io.read(path, index=":")
+    structures = list(ase.io.iread(path, index=":"))
     wanted = recipe.train + recipe.validation + recipe.test
     if len(structures) < wanted:
         raise InvalidInputError(

@@ -86,8 +86,9 @@ class TrainingModule(pl.LightningModule):
         step = self.global_step
         decay = min(self.recipe.ema, (1.0 + step) / (10.0 + step)) if self.recipe.ema > 0 else 0.0
         with torch.no_grad():
-            average, current = list(self.average.parameters()), list(self.backbone.parameters())
-            torch._foreach_lerp_(average, [p.detach() for p in current], 1.0 - decay)
+            average = [parameter.detach() for parameter in self.average.parameters()]
+            current = [parameter.detach() for parameter in self.backbone.parameters()]
+            torch._foreach_lerp_(average, current, 1.0 - decay)
 
     def on_validation_epoch_start(self) -> None:
         self._sums = torch.zeros(6, dtype=torch.float64)
@@ -100,10 +101,8 @@ class TrainingModule(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         sums = self.trainer.strategy.reduce(self._sums.to(self.device), reduce_op="sum")
         errors = errors_from(torch.as_tensor(sums))
-        self.log("validation/energy_mae", errors.energy_mae)
-        self.log("validation/energy_rmse", errors.energy_rmse)
-        self.log("validation/forces_mae", errors.forces_mae)
-        self.log("validation/forces_rmse", errors.forces_rmse)
+        for name in ("energy_mae", "energy_rmse", "forces_mae", "forces_rmse"):
+            self.log(f"validation/{name}", getattr(errors, name), sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         recipe = self.recipe.optimizer
@@ -121,18 +120,13 @@ class TrainingModule(pl.LightningModule):
             optimizer = torch.optim.AdamW(
                 self.backbone.parameters(), lr=recipe.lr, betas=betas, weight_decay=recipe.weight_decay
             )
-        total = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.rate(step, total))
+        total = max(1, int(self.trainer.estimated_stepping_batches))
+        epochs = self.recipe.epochs
+        # The rate of a step is that of its end, so that the first one does not vanish.
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: self.recipe.schedule.rate((step + 1) * epochs / total, epochs)
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def rate(self, step: int, total: int) -> float:
-        """Learning rate of a step, relative to the highest one."""
-        schedule = self.recipe.schedule
-        warmup = max(1, round(schedule.warmup * total))
-        if step < warmup:
-            return (step + 1) / warmup
-        progress = min(1.0, (step - warmup) / max(1, total - warmup))
-        return schedule.final + (1.0 - schedule.final) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 class EpochOrder(Sampler[int]):

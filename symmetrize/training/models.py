@@ -106,7 +106,9 @@ def save_backbone(backbone: Backbone, stem: Path, metadata: dict[str, Any]) -> N
         else:
             from safetensors.torch import save_file
 
-            save_file({name: value.contiguous() for name, value in backbone.state_dict().items()}, f"{inner}.safetensors")
+            save_file(
+                {name: value.contiguous() for name, value in backbone.state_dict().items()}, f"{inner}.safetensors"
+            )
             Path(f"{inner}.json").write_text(json.dumps({"metadata": metadata}, indent=2), encoding="utf-8")
         for suffix in (".safetensors", ".json"):
             os.replace(f"{inner}{suffix}", f"{stem}{suffix}")

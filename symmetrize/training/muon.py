@@ -67,7 +67,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(groups, defaults)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update from the gradients that are present."""
         loss = None
         if closure is not None:
@@ -95,8 +95,9 @@ class Muon(torch.optim.Optimizer):
                 state = self.state[parameter]
                 if not state:
                     state["momentum"] = torch.zeros_like(parameter)
-                state["momentum"].lerp_(parameter.grad, 1.0 - group["momentum"])
-                directions.append(parameter.grad.lerp(state["momentum"], group["momentum"]))
+                gradient = torch.as_tensor(parameter.grad)
+                state["momentum"].lerp_(gradient, 1.0 - group["momentum"])
+                directions.append(gradient.lerp(state["momentum"], group["momentum"]))
             updates = orthogonalize(torch.stack(directions))
             step = -group["lr"] * 0.2 * max(rows, columns) ** 0.5
             torch._foreach_add_(same, list(updates.unbind()), alpha=step)

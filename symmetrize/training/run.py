@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import json
 import logging
 import platform
@@ -106,9 +108,6 @@ def train(
     from symmetrize.training.lit import DTYPES, TableDataModule, TrainingModule
 
     structures = read_structures(settings.data)
-    data_hash = fingerprint(settings.data.path)
-    _claim(folder, settings, data_hash, resume)
-
     atomic_types = tuple(sorted({int(z) for atoms in structures for z in atoms.numbers}))
     dtype = DTYPES[settings.dtype]
     backbone = build_backbone(settings.backbone, atomic_types, settings.seed).to(dtype)
@@ -121,6 +120,8 @@ def train(
     scale = energy_scale(table.forces[training_atoms], (table.energy - baseline)[parts.train])
     set_energy_reference(backbone, _for_types(composition, atomic_types, backbone), scale)
 
+    data_hash = fingerprint(settings.data.path)
+    _claim(folder, settings, data_hash, resume)
     module = TrainingModule(backbone, settings, scale)
     data = TableDataModule(table, parts, baseline, settings)
     n_parameters = sum(p.numel() for p in backbone.parameters())
@@ -181,22 +182,24 @@ def _require_lightning() -> None:
 
 def _claim(folder: Path, recipe: Recipe, data_hash: str, resume: bool) -> None:
     """Make sure that a folder is new or holds a run of the same recipe and data."""
-    content = {"recipe": recipe.to_dict(), "data_sha256": data_hash}
+    settings = recipe.to_dict()
     # Where the file lies, and on which hardware, does not make it another run.
-    content["recipe"]["data"].pop("path")
-    content["recipe"]["data"].pop("source")
-    content["recipe"].pop("trainer")
-    content = json.loads(json.dumps(content))
+    for place in (settings["data"].pop, settings.pop):
+        for name in ("path", "source", "trainer"):
+            place(name, None)
+    content = json.loads(json.dumps({"recipe": settings, "data_sha256": data_hash}))
     path = folder / RECIPE
     if not resume:
         for old in [path, folder / RESULT, folder / f"{WEIGHTS}.safetensors", folder / f"{WEIGHTS}.json"]:
             old.unlink(missing_ok=True)
         for old in (folder / CHECKPOINTS).glob("*.ckpt"):
             old.unlink()
-    if path.is_file():
+    if path.is_file() and (folder / CHECKPOINTS / "last.ckpt").is_file():
         before = _flatten(json.loads(path.read_text(encoding="utf-8")))
         now = _flatten(content)
         differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+        if _constant_so_far(before, recipe, folder):
+            differing = [key for key in differing if key not in ("recipe.epochs", "recipe.schedule.decay")]
         if differing:
             key = differing[0]
             raise RecipeError(
@@ -204,6 +207,14 @@ def _claim(folder: Path, recipe: Recipe, data_hash: str, resume: bool) -> None:
                 f"{now.get(key)!r}; choose another folder, or pass resume=False to start again"
             )
     _write_json(path, content)
+
+
+def _constant_so_far(before: dict[str, Any], recipe: Recipe, folder: Path) -> bool:
+    """Whether neither the earlier nor the new length of a run has made the learning rate fall yet."""
+    last = torch.load(folder / CHECKPOINTS / "last.ckpt", map_location="cpu", weights_only=True)
+    earlier = dataclasses.replace(recipe.schedule, decay=float(before["recipe.schedule.decay"]))
+    done = int(last["epoch"]) + 1
+    return done <= min(earlier.decay_start(before["recipe.epochs"]), recipe.schedule.decay_start(recipe.epochs))
 
 
 def _flatten(content: Any, prefix: str = "") -> dict[str, Any]:
@@ -214,7 +225,7 @@ def _flatten(content: Any, prefix: str = "") -> dict[str, Any]:
 
 def _for_types(composition: torch.Tensor, atomic_types: tuple[int, ...], backbone: Backbone) -> torch.Tensor:
     """Composition energies in the order of the backbone's own species."""
-    declared = backbone.composition  # type: ignore[attr-defined]
+    declared = dict(backbone.named_buffers()).get("composition", composition)
     if declared.shape == composition.shape:
         return composition
     raise InvalidInputError(
@@ -223,7 +234,9 @@ def _for_types(composition: torch.Tensor, atomic_types: tuple[int, ...], backbon
     )
 
 
-def _fit(module: TrainingModule, data: TableDataModule, recipe: Recipe, folder: Path, progress: bool) -> tuple[int, float]:
+def _fit(
+    module: TrainingModule, data: TableDataModule, recipe: Recipe, folder: Path, progress: bool
+) -> tuple[int, float]:
     """Run or resume the training loop; returns the completed epochs and their wall time (s)."""
     import lightning.pytorch as pl
     from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
@@ -232,11 +245,11 @@ def _fit(module: TrainingModule, data: TableDataModule, recipe: Recipe, folder: 
     from symmetrize.training.lit import MONITOR, Stopwatch, progress_callback
 
     checkpoints = folder / CHECKPOINTS
-    common = {"dirpath": checkpoints, "enable_version_counter": False}
+    checkpoint = functools.partial(ModelCheckpoint, checkpoints, enable_version_counter=False)
     stopwatch = Stopwatch()
     callbacks: list[Callback] = [
-        ModelCheckpoint(filename="best", monitor=MONITOR, save_on_train_epoch_end=False, **common),
-        ModelCheckpoint(filename="last", save_on_train_epoch_end=True, every_n_epochs=recipe.validate_every, **common),
+        checkpoint(filename="best", monitor=MONITOR, save_on_train_epoch_end=False),
+        checkpoint(filename="last", save_on_train_epoch_end=True, every_n_epochs=recipe.validate_every),
         stopwatch,
     ]
     if recipe.patience > 0:

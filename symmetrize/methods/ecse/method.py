@@ -19,7 +19,7 @@ from symmetrize.ops.switches import smooth_cutoff, smooth_step
 #: Structure scope: an atom nearer to the centroid than this times the RMS distance offers no direction, and offers one
 #: fully from CENTRAL + CENTRAL_WIDTH on. Both stay well below 1, the ratio that some atom always reaches.
 CENTRAL = 0.2
-CENTRAL_WIDTH = 0.1
+CENTRAL_WIDTH = 0.15
 
 
 class ECSE(FrameMethod):
@@ -109,6 +109,8 @@ class ECSE(FrameMethod):
             order=order,
             mirror=group == "O(3)",
             collinear=(32.0 * precision) ** 2,
+            # What is neglected below it is O(sin^(n - l - 1)), rounding above it eps / sin: about equal here.
+            rigid_below=(0.1 * precision ** (1.0 / (order - l_max))) ** 2,
             threshold=2.0 * NEGLIGIBLE_WEIGHT,
         )
         mask = batch.get(keys.CENTER_MASK)

@@ -42,6 +42,7 @@ def stratify(
     order: int,
     mirror: bool,
     collinear: float,
+    rigid_below: float,
     threshold: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Frames and weights of every owner from the candidates around it.
@@ -66,6 +67,8 @@ def stratify(
         Add the mirror image of every frame (the group O(3)).
     collinear : float
         sin^2 below which rounding decides the direction of a partner about the axis.
+    rigid_below : float
+        sin^2 below which, for all partners of an axis, the angle about it is held constant in derivatives.
     threshold : float
         Weights below it are switched off.
 
@@ -107,7 +110,12 @@ def stratify(
     first, second = units[axis[row]], units[partner]
     off_line = (_sin_squared(first, second) > collinear).nonzero()[:, 0]
     partner, row, first = partner[off_line], row[off_line], first[off_line]
+    # Very near the line the average no longer depends on the angle about the axis, but its parts do, as 1 / h: their
+    # derivatives would cancel to rounding / h. There the angle and the shares are constants.
+    sine = _sin_squared(first, units[partner])
+    rigid = (segment_max(sine.detach(), row, n_axes, 0.0) < rigid_below)[row][:, None]
     height = torch.linalg.cross(first, vectors[partner])
+    height = torch.where(rigid, height.detach(), height)
     share = reach[partner] * (height * height).sum(dim=1)
     # Relative to the largest before the power, which would underflow; the quotient does not notice.
     largest = segment_max(share.detach(), row, n_axes, 0.0)
@@ -131,6 +139,8 @@ def stratify(
     pair = pair_frames(units[axis[j[keep]]], units[k[keep]])
     keep = (attached_weight > 0.0).nonzero()[:, 0]
     attached = pair_frames(units[axis[row[keep]]], units[partner[keep]])
+    turned_along = pair_frames(units[axis[row[keep]]], -attached[:, :, 2].detach())
+    attached = torch.where(rigid[keep][:, :, None], turned_along, attached)
     line = torch.cat([attached, axis_frames(units[axis[free]])])
     line_weight = torch.cat([attached_weight[keep], free_weight])
     line_owner = torch.cat([axis_owner[row[keep]], axis_owner[free]])

@@ -1,0 +1,21 @@
+"""Small random networks that depend strongly on orientation: something to symmetrise in tests and examples."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from symmetrize.backbone import Backbone
+from symmetrize.errors import DeclarationError, did_you_mean
+
+from .networks import ToyGlobal, ToyLocal
+
+__all__ = ["ToyGlobal", "ToyLocal", "load"]
+
+_KINDS: dict[str, type[Backbone]] = {"local": ToyLocal, "global": ToyGlobal}
+
+
+def load(kind: str = "local", **options: Any) -> Backbone:
+    """A `ToyLocal` ("local") or a `ToyGlobal` ("global") with the given options."""
+    if kind not in _KINDS:
+        raise DeclarationError(f"toy: unknown network {kind!r}; {did_you_mean(kind, _KINDS)}")
+    return _KINDS[kind](**options)
