@@ -12,6 +12,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from symmetrize.backbone import Backbone
     from symmetrize.data import from_ase, from_points
+    from symmetrize.errors import (
+        BackboneOutputError,
+        DeclarationError,
+        InvalidInputError,
+        InvalidTypeError,
+        MissingDependencyError,
+        NoFrameError,
+        SymmetrizeError,
+        UnknownSpeciesError,
+    )
     from symmetrize.frames import FrameMethod, FrameSet
     from symmetrize.methods.ecse import ECSE
     from symmetrize.methods.identity import Identity
@@ -22,13 +32,21 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "Backbone": "symmetrize.backbone",
     "ECSE": "symmetrize.methods.ecse",
+    "Backbone": "symmetrize.backbone",
+    "BackboneOutputError": "symmetrize.errors",
+    "DeclarationError": "symmetrize.errors",
     "FrameMethod": "symmetrize.frames",
     "FrameSet": "symmetrize.frames",
     "Identity": "symmetrize.methods.identity",
+    "InvalidInputError": "symmetrize.errors",
+    "InvalidTypeError": "symmetrize.errors",
+    "MissingDependencyError": "symmetrize.errors",
+    "NoFrameError": "symmetrize.errors",
     "OutputSpec": "symmetrize.representations",
+    "SymmetrizeError": "symmetrize.errors",
     "Symmetrizer": "symmetrize.symmetrizer",
+    "UnknownSpeciesError": "symmetrize.errors",
     "from_ase": "symmetrize.data",
     "from_points": "symmetrize.data",
     "list_backbones": "symmetrize.registry",
@@ -38,11 +56,19 @@ _HOME = {
 __all__ = [
     "ECSE",
     "Backbone",
+    "BackboneOutputError",
+    "DeclarationError",
     "FrameMethod",
     "FrameSet",
     "Identity",
+    "InvalidInputError",
+    "InvalidTypeError",
+    "MissingDependencyError",
+    "NoFrameError",
     "OutputSpec",
+    "SymmetrizeError",
     "Symmetrizer",
+    "UnknownSpeciesError",
     "from_ase",
     "from_points",
     "list_backbones",

@@ -12,7 +12,7 @@ from torch_geometric.data import Data
 
 from symmetrize import keys
 from symmetrize.backbone import Copies
-from symmetrize.copies import copied_sizes, copy_environments, copy_stars, copy_structures
+from symmetrize.copies import copied_sizes, copy_environments, copy_stars, copy_structures, pack
 from symmetrize.data import replace, with_neighbors
 from symmetrize.evaluation import Source, check_outputs, make_source, run_backbone, run_chunk
 from symmetrize.frames import FrameSet, Stratum
@@ -22,11 +22,15 @@ from symmetrize.representations import OutputSpec
 if TYPE_CHECKING:
     from symmetrize.symmetrizer import Symmetrizer
 
-#: Atoms, rotated copies included, in one call of the backbone where the user does not say.
-DEFAULT_CHUNK_SIZE = 16384
-
 # Suffix of the per-copy reduced values of an output, for their spread.
 REDUCED = " reduced"
+
+
+def chunk_limit(chunk_size: int | None, device: torch.device) -> int:
+    """Atoms, rotated copies included, in one call of the backbone."""
+    if chunk_size is not None:
+        return chunk_size
+    return 1024 if device.type == "cpu" else 16384
 
 
 class _Chunk(NamedTuple):
@@ -86,12 +90,12 @@ class Average:
                 )
             row_copy, row_target = self._rows(chunk)
             for name, values in zip(self.names, outputs, strict=True):
-                self._accumulate(name, values, self.weights[chunk.frame], row_copy[name], row_target[name])
+                owner = self.frames.owner[chunk.frame]
+                self._accumulate(name, values, self.weights[chunk.frame], owner, row_copy[name], row_target[name])
             if conservative:
                 n = len(self.inputs)
                 input_gradients = [
-                    g if total is None else total + g
-                    for total, g in zip(input_gradients, gradients[:n], strict=True)
+                    g if total is None else total + g for total, g in zip(input_gradients, gradients[:n], strict=True)
                 ]
                 frame_gradients.append(gradients[n])
                 origin_gradients.append(gradients[n + 1])
@@ -100,7 +104,7 @@ class Average:
                     outputs[self.names.index(str(self.energy))], row_copy[str(self.energy)], chunk.frame.shape[0]
                 )
                 weight_gradients.append(copies_energy.to(torch.float64))
-        if conservative:
+        if conservative and chunks:
             order = torch.cat([chunk.frame for chunk in chunks])
             self._differentiate(self.frames.rotations[order], torch.cat(frame_gradients))
             self._differentiate(self.frames.origins[order], torch.cat(origin_gradients))
@@ -120,24 +124,17 @@ class Average:
         """Copies of similar size together, never more than chunk_size atoms unless a single copy is larger."""
         frames, scope = self.frames, self.model.scope
         hops = self.backbone.receptive_field
-        limit = self.model.chunk_size or DEFAULT_CHUNK_SIZE
+        limit = chunk_limit(self.model.chunk_size, self.graph[keys.POS].device)
         point = frames.stratum == int(Stratum.POINT)
-        own = frames.stratum != int(Stratum.AUXILIARY)
+        own = (frames.stratum != int(Stratum.AUXILIARY)) & (frames.weights.detach() > 0.0)
         for invariant, chosen in ((False, own & ~point), (True, point)):
             frame = chosen.nonzero()[:, 0]
             if not len(frame):
                 continue
             size = copied_sizes(self.graph, frames.owner[frame], scope, 0 if invariant else hops)
-            order = torch.argsort(size, stable=True)
-            frame, ends = frame[order], torch.cumsum(size[order], dim=0)
-            start, before = 0, 0
-            while start < len(frame):
-                stop = int(torch.searchsorted(ends, before + limit, right=True))
-                stop = max(stop, start + 1)
-                before = int(ends[stop - 1])
-                part = frame[start:stop]
+            for part in pack(size, limit):
+                part = frame[part]
                 yield _Chunk(part, self._copies(frames.owner[part], invariant), invariant)
-                start = stop
 
     def _copies(self, owner: Tensor, invariant: bool) -> Copies:
         if self.model.scope == "structure":
@@ -163,7 +160,10 @@ class Average:
                 target[name] = self.frames.owner[chunk.frame]
         return copy, target
 
-    def _accumulate(self, name: str, values: Tensor, weights: Tensor, row_copy: Tensor, row_target: Tensor) -> None:
+    def _accumulate(
+        self, name: str, values: Tensor, weights: Tensor, owner: Tensor, row_copy: Tensor, row_target: Tensor
+    ) -> None:
+        """Add weighted rows; ``weights`` and ``owner`` are those of the copies."""
         factor = weights[row_copy].reshape((-1,) + (1,) * (values.dim() - 1))
         self.sums[name] = self.sums[name].index_add(0, row_target, values.to(torch.float64) * factor)
         if self.spread:
@@ -173,8 +173,6 @@ class Average:
                 # All atoms of a structure share their frames: what varies is the reduced value of each copy.
                 n_copies = weights.shape[0]
                 reduced = spec.reduce_atoms(values.detach(), row_copy, n_copies)
-                owner = torch.zeros_like(row_copy[:1]).repeat(n_copies)
-                owner[row_copy] = self.graph[keys.BATCH][row_target]
                 self.collected[name + REDUCED].append((reduced, weights.detach(), owner))
 
     def _add_auxiliary(self) -> None:
@@ -191,10 +189,11 @@ class Average:
         weight = segment_sum(self.weights[chosen], frames.owner[chosen], frames.n_owners)
         for name, spec in self.backbone.outputs.items():
             rows = copies.atom[copies.center] if spec.per == "atom" else everything
-            owner = graph[keys.BATCH][rows] if self.model.scope == "structure" and spec.per == "atom" else rows
-            self._accumulate(name, outputs[name], weight, owner, rows)
+            copy = graph[keys.BATCH][rows] if self.model.scope == "structure" and spec.per == "atom" else rows
+            owners = torch.arange(frames.n_owners, device=rows.device)
+            self._accumulate(name, outputs[name], weight, owners, copy, rows)
             if name == self.energy:
-                self._differentiate_sum(outputs[name], weight, owner)
+                self._differentiate_sum(outputs[name], weight, copy)
 
     def _differentiate_sum(self, values: Tensor, weight: Tensor, owner: Tensor) -> None:
         scalar = (values.to(torch.float64) * weight[owner]).sum()

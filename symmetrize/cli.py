@@ -62,14 +62,14 @@ def demo(output: Path, structures: Path | None, quiet: bool, **options: Any) -> 
 @main.command()
 @click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--output", type=click.Path(path_type=Path), help="Run folder (default: from the configuration).")
-@click.option("--data", type=click.Path(exists=True, path_type=Path), help="Structures, instead of the configured file.")
+@click.option(
+    "--data", type=click.Path(exists=True, path_type=Path), help="Structures, instead of the configured file."
+)
 @click.option("--epochs", type=click.IntRange(min=1), help="Number of epochs, instead of the configured one.")
 @click.option("--restart", is_flag=True, help="Start anew even if the run folder holds a checkpoint.")
 @click.option("--quiet", is_flag=True, help="No progress bars.")
 @_friendly
-def train(
-    config: Path, output: Path | None, data: Path | None, epochs: int | None, restart: bool, quiet: bool
-) -> None:
+def train(config: Path, output: Path | None, data: Path | None, epochs: int | None, restart: bool, quiet: bool) -> None:
     """Train a backbone as CONFIG (YAML) says; a run that was killed goes on from its last checkpoint."""
     from symmetrize.training import train as run
 
@@ -83,7 +83,9 @@ def train(
 
 @main.command()
 @click.argument("structures", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--backbone", default="pet:ethanol", show_default=True, help="NAME or NAME:WEIGHTS, see 'symmetrize list'.")
+@click.option(
+    "--backbone", default="pet:ethanol", show_default=True, help="NAME or NAME:WEIGHTS, see 'symmetrize list'."
+)
 @click.option("--group", type=click.Choice(["O(3)", "SO(3)", "none"]), default="O(3)", show_default=True)
 @click.option("--scope", type=click.Choice(["atom", "structure"]), help="Default: by the backbone's declarations.")
 @click.option("--forces/--no-forces", default=True, show_default=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch_geometric.data import Data
@@ -81,6 +83,17 @@ def copied_sizes(batch: Data, owners: Tensor, scope: str, hops: int | None) -> T
             size = torch.minimum(size, whole.clamp(min=2) * 64)
     exact_star = hops == 1
     return (size if exact_star else torch.minimum(size, whole))[owners]
+
+
+def pack(sizes: Tensor, limit: int) -> Iterator[Tensor]:
+    """Indices of copies, chunk by chunk: similar sizes together, a total of at most ``limit`` unless one is larger."""
+    order = torch.argsort(sizes, stable=True)
+    ends = torch.cumsum(sizes[order], dim=0)
+    start, before = 0, 0
+    while start < order.shape[0]:
+        stop = max(start + 1, int(torch.searchsorted(ends, before + limit, right=True)))
+        yield order[start:stop]
+        start, before = stop, int(ends[stop - 1])
 
 
 def _ends(batch: Data, edge: Tensor) -> Tensor:

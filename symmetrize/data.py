@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 
 def from_ase(
-    structures: Atoms | Sequence[Atoms], cutoff: float | None = None, dtype: torch.dtype = torch.float64
+    structures: Atoms | Iterable[Atoms], cutoff: float | None = None, dtype: torch.dtype = torch.float64
 ) -> Batch:
     """Batch of ASE structures.
 
     Parameters
     ----------
-    structures : ase.Atoms or sequence of ase.Atoms
+    structures : ase.Atoms or iterable of ase.Atoms
         Positions and cells in angstrom.
     cutoff : float, optional
         Also build the neighbor list of this radius (angstrom).
@@ -44,6 +44,8 @@ def from_ase(
     """
     from ase import Atoms
 
+    if not isinstance(structures, Iterable):
+        raise InvalidTypeError(f"from_ase: expected ase.Atoms or several of them, got {type(structures).__name__}")
     items = [structures] if isinstance(structures, Atoms) else list(structures)
     if not items:
         raise InvalidInputError("from_ase: expected at least one structure, got none")
@@ -89,6 +91,8 @@ def from_points(pos: Tensor, batch: Tensor | None = None, cutoff: float | None =
         raise InvalidInputError(
             f"from_points: batch: expected int64 of shape {tuple(pos.shape[:1])}, got {batch.dtype} {tuple(batch.shape)}"
         )
+    if batch.numel() and int(batch.min()) < 0:
+        raise InvalidInputError(f"from_points: batch: expected cloud numbers from 0 on, got {int(batch.min())}")
     counts = torch.bincount(batch) if batch.numel() else torch.zeros(0, dtype=torch.int64)
     out = assemble(pos=pos, counts=counts, **features)
     if not torch.equal(out[keys.BATCH], batch):
@@ -126,16 +130,23 @@ def validate(batch: Data) -> Batch:
         raise InvalidInputError(f"pos: expected shape (n_atoms, 3), got {tuple(pos.shape)}")
     if pos.shape[0] == 0:
         raise InvalidInputError("batch: expected at least one atom, got an empty batch")
+    for name in (keys.BATCH, keys.PTR, keys.CELL, keys.PBC):
+        if batch.get(name) is not None and not isinstance(batch[name], Tensor):
+            raise InvalidTypeError(f"{name}: expected a Tensor, got {type(batch[name]).__name__}")
     structure, ptr = _structures(batch, pos)
     n_structures = ptr.shape[0] - 1
     empty = (ptr[1:] == ptr[:-1]).nonzero()
     if len(empty):
-        raise InvalidInputError(f"batch: expected at least one atom in every structure, structure {int(empty[0])} is empty")
+        raise InvalidInputError(
+            f"batch: expected at least one atom in every structure, structure {int(empty[0])} is empty"
+        )
 
     # Never a silent NaN: this comes before anything is computed from positions.
     bad = (~torch.isfinite(pos.detach())).any(dim=1).nonzero()
     if len(bad):
-        raise InvalidInputError(f"pos: expected finite positions, got {pos[bad[0, 0]].tolist()} at {_where(bad[0, 0], ptr)}")
+        raise InvalidInputError(
+            f"pos: expected finite positions, got {pos[bad[0, 0]].tolist()} at {_where(bad[0, 0], ptr)}"
+        )
 
     fields: dict[str, Any] = {keys.BATCH: structure, keys.PTR: ptr}
     fields |= _cells(batch, pos, n_structures)
@@ -156,7 +167,7 @@ def validate(batch: Data) -> Batch:
 
 def replace(batch: Data, /, **fields: Any) -> Batch:
     """Shallow copy of a batch with some fields replaced; a field given as None is left out."""
-    kept = {name: batch[name] for name in batch.keys() if name not in fields}  # noqa: SIM118
+    kept = {name: batch[name] for name in batch.keys() if name not in fields}
     return Batch(**kept, **{name: value for name, value in fields.items() if value is not None})
 
 
@@ -261,8 +272,9 @@ def with_neighbors(batch: Data, cutoff: float) -> Batch:
     radius = batch.get(keys.EDGE_CUTOFF)
     if given is not None:
         _check_edges(batch)
-    reach = None if radius is None else float(torch.as_tensor(radius).min())
-    if given is None or reach is None or reach < cutoff:
+    reach = None if radius is None else torch.as_tensor(radius, dtype=torch.float64).cpu()
+    usable = given is not None and reach is not None and bool((reach >= cutoff).all())
+    if given is None or not usable:
         edge_index, shift = neighbor_list(
             batch[keys.POS], batch[keys.PTR], batch[keys.CELL], batch[keys.PBC], float(cutoff)
         )
@@ -272,25 +284,28 @@ def with_neighbors(batch: Data, cutoff: float) -> Batch:
         shift = batch.get(keys.CELL_SHIFT)
         if shift is None:
             shift = torch.zeros(given.shape[1], 3, dtype=torch.int64, device=given.device)
-        out = replace(
-            batch, **{keys.EDGE_INDEX: given[:, order], keys.CELL_SHIFT: shift[order], keys.EDGE_VEC: None}
-        )
+        out = replace(batch, **{keys.EDGE_INDEX: given[:, order], keys.CELL_SHIFT: shift[order], keys.EDGE_VEC: None})
     vectors = edge_vectors(out)
     lengths = vectors.detach().norm(dim=1)
     if lengths.numel():
         shortest = int(lengths.argmin())
-        if not float(lengths[shortest]) > 0.0:
-            pair = out[keys.EDGE_INDEX][:, shortest].tolist()
+        # Images at the same place differ by the rounding of positions and lattice translations.
+        pair = out[keys.EDGE_INDEX][:, shortest].tolist()
+        shift = out[keys.CELL_SHIFT][shortest].to(vectors.dtype) @ out[keys.CELL].detach()[out[keys.BATCH][pair[1]]]
+        size = torch.cat([out[keys.POS].detach()[pair].flatten(), shift]).abs().max()
+        if not bool(lengths[shortest] > 32 * torch.finfo(vectors.dtype).eps * size):
             raise InvalidInputError(
                 "pos: expected distinct positions, got coincident atoms (or periodic images): "
                 + " and ".join(_where(atom, out[keys.PTR]) for atom in pair)
             )
-    if reach is not None and given is not None and reach >= cutoff:
+    if usable and reach is not None:
         # A list with a skin: what lies beyond the cutoff is not for the backbone to see.
-        if bool((lengths > reach * (1 + 1e-6)).any()):
-            worst = int(lengths.argmax())
+        allowed = reach.to(lengths) if reach.dim() == 0 else reach.to(lengths)[out[keys.BATCH][out[keys.EDGE_INDEX][1]]]
+        excess = lengths - allowed * (1 + 1e-6)
+        if bool((excess > 0.0).any()):
+            worst = int(excess.argmax())
             raise InvalidInputError(
-                f"edge_index: expected edges no longer than edge_cutoff = {reach}, got one of length "
+                f"edge_index: expected edges no longer than edge_cutoff = {reach.tolist()}, got one of length "
                 f"{float(lengths[worst])} at {_where(out[keys.EDGE_INDEX][1, worst], out[keys.PTR])}; "
                 "rebuild the neighbor list when the atoms move"
             )
@@ -315,14 +330,25 @@ def _check_edges(batch: Data) -> None:
     if not edges.numel():
         return
     if int(edges.min()) < 0 or int(edges.max()) >= n_atoms:
-        raise InvalidInputError(f"edge_index: expected atoms 0 to {n_atoms - 1}, got {int(edges.min())} to {int(edges.max())}")
+        raise InvalidInputError(
+            f"edge_index: expected atoms 0 to {n_atoms - 1}, got {int(edges.min())} to {int(edges.max())}"
+        )
     structure = batch[keys.BATCH]
     if bool((structure[edges[0]] != structure[edges[1]]).any()):
         raise InvalidInputError("edge_index: expected neighbors from the same structure, got a pair across structures")
-    as_center = torch.bincount(edges[1], minlength=n_atoms)
-    lonely = (as_center != torch.bincount(edges[0], minlength=n_atoms)).nonzero()
-    if len(lonely):
+    shift = torch.zeros(edges.shape[1], 3, dtype=edges.dtype, device=edges.device) if shift is None else shift
+    forth = torch.cat([edges.T, shift.to(edges.dtype)], dim=1)
+    back = torch.cat([edges.flip(0).T, -shift.to(edges.dtype)], dim=1)
+    unique, counts = torch.unique(forth, dim=0, return_counts=True)
+    if bool((counts > 1).any()):
+        twice = unique[counts > 1][0]
+        raise InvalidInputError(
+            f"edge_index: expected every edge once, one is repeated at {_where(twice[1], batch[keys.PTR])}"
+        )
+    both, counts = torch.unique(torch.cat([forth, back]), dim=0, return_counts=True)
+    if both.shape[0] > forth.shape[0]:
+        lonely = both[counts == 1][0]
         raise InvalidInputError(
             "edge_index: expected a full neighbor list (every pair in both directions), "
-            f"it is not at {_where(lonely[0, 0], batch[keys.PTR])}"
+            f"it is not at {_where(lonely[1], batch[keys.PTR])}"
         )

@@ -58,7 +58,10 @@ def evaluate_file(
     list of ase.Atoms
         Copies with a `SinglePointCalculator` that holds the predictions; none with ``explain``.
     """
-    frames = read(structures, ":")
+    try:
+        frames = read(structures, ":")
+    except Exception as error:  # whatever ASE's many readers raise
+        raise InvalidInputError(f"{structures}: expected structures that ASE reads, got {error}") from error
     if not frames:
         raise InvalidInputError(f"{structures}: expected at least one structure, got none")
     name, _, argument = backbone.partition(":")
@@ -102,9 +105,7 @@ def evaluate_file(
     return predicted
 
 
-def _report_errors(
-    references: list[Atoms], predicted: list[Atoms], forces: bool, echo: Callable[[str], None]
-) -> None:
+def _report_errors(references: list[Atoms], predicted: list[Atoms], forces: bool, echo: Callable[[str], None]) -> None:
     energy, per_atom, force = [], [], []
     for reference, prediction in zip(references, predicted, strict=True):
         results = {} if reference.calc is None else reference.calc.results
@@ -121,6 +122,8 @@ def _report_errors(
         )
     if force:
         flat = np.concatenate(force)
-        echo(f"force  MAE {1e3 * np.abs(flat).mean():.2f} meV/A, RMSE {1e3 * np.sqrt(np.square(flat).mean()):.2f} meV/A")
+        echo(
+            f"force  MAE {1e3 * np.abs(flat).mean():.2f} meV/A, RMSE {1e3 * np.sqrt(np.square(flat).mean()):.2f} meV/A"
+        )
     if not energy and not force:
         echo("no reference energies or forces in the file")

@@ -81,17 +81,20 @@ def _rotated_batch(
 ) -> Batch:
     batch, atom, copy = source.batch, copies.atom, copies.atom_copy
     n_atoms, n_copies = batch[keys.POS].shape[0], frames.shape[0]
+    first = torch.searchsorted(copy, torch.arange(n_copies, device=copy.device))
+    structure = batch[keys.BATCH][atom[first]]
     fields: dict[str, Any] = {}
-    # Fields that travel with their atom; everything geometric is set below.
+    # Fields travel with their atom or structure; everything geometric is set below.
     special = {keys.POS, keys.BATCH, keys.PTR, keys.CELL, keys.PBC, keys.EDGE_INDEX, keys.CELL_SHIFT, keys.EDGE_VEC}
-    for name in batch.keys():  # noqa: SIM118
+    for name in batch.keys():
         value = batch[name]
         if name in special or name in backbone.vectors:
             continue
-        per_atom = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == n_atoms
-        fields[name] = value[atom] if per_atom else value
-    first = torch.searchsorted(copy, torch.arange(n_copies, device=copy.device))
-    structure = batch[keys.BATCH][atom[first]]
+        if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == n_atoms:
+            value = value[atom]
+        elif isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == batch[keys.PTR].shape[0] - 1:
+            value = value[structure]
+        fields[name] = value
     counts = torch.bincount(copy, minlength=n_copies)
     fields[keys.POS] = ((inputs[keys.POS][atom] - origins[copy])[:, None, :] @ frames[copy])[:, 0]
     fields[keys.CELL] = inputs[keys.CELL][structure] @ frames
@@ -179,8 +182,8 @@ class _Recomputed(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         again = torch.is_grad_enabled()
         tensors, parameters = ctx.saved_tensors[: ctx.n_tensors], ctx.saved_tensors[ctx.n_tensors :]
-        if not again:
-            tensors = [t.detach().requires_grad_(t.requires_grad) for t in tensors]
+        # Cut off from what they were computed from: the gradients wanted here are partial ones.
+        tensors = [t.view_as(t) if again else t.detach().requires_grad_(t.requires_grad) for t in tensors]
         with torch.enable_grad(), torch.random.fork_rng(devices=[]):
             torch.set_rng_state(ctx.random_state)
             outputs, gradients = ctx.function(list(tensors), True if ctx.create_graph else False)

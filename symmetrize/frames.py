@@ -93,8 +93,14 @@ class FrameSet:
             if int(self.owner.min()) < 0 or int(self.owner.max()) >= self.n_owners:
                 raise DeclarationError(f"FrameSet: owner: expected numbers from 0 to {self.n_owners - 1}")
 
+    def __repr__(self) -> str:
+        counts = torch.bincount(self.stratum, minlength=len(Stratum)).tolist()
+        strata = ", ".join(f"{counts[s]} {s.name.lower()}" for s in Stratum if counts[s])
+        return f"FrameSet({self.n_frames} frames ({strata}) of {self.n_owners} {self.scope}s)"
+
     @property
     def n_frames(self) -> int:
+        """Number of frames, axis copies and mirrors included."""
         return self.weights.shape[0]
 
     @property
@@ -126,10 +132,17 @@ class FrameSet:
 
 
 class FrameMethod(torch.nn.Module, ABC):
-    """A symmetrisation method: one function from a batch to a `FrameSet`."""
+    """A symmetrisation method: one function from a batch to a `FrameSet`.
 
-    #: The model that evaluates frames of `Stratum.AUXILIARY`, if the method uses one.
-    auxiliary: Backbone | None = None
+    Parameters
+    ----------
+    auxiliary : Backbone, optional
+        The model that evaluates frames of `Stratum.AUXILIARY`, if the method uses one.
+    """
+
+    def __init__(self, auxiliary: Backbone | None = None) -> None:
+        super().__init__()
+        self.auxiliary = auxiliary
 
     @abstractmethod
     def frames(

@@ -6,10 +6,12 @@ import importlib
 import importlib.util
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from symmetrize.backbone import Backbone
 from symmetrize.errors import DeclarationError, InvalidTypeError, MissingDependencyError, did_you_mean
+
+if TYPE_CHECKING:
+    from symmetrize.backbone import Backbone
 
 #: Entry-point group through which other packages add their backbones.
 ENTRY_POINT_GROUP = "symmetrize.backbones"
@@ -59,6 +61,8 @@ def list_backbones() -> dict[str, Entry]:
 def load_backbone(name: str, *args: Any, **options: Any) -> Backbone:
     """Load a backbone by name; arguments go to its loader.
 
+    The library behind it is imported here, and torch with it: listing needs neither.
+
     Raises
     ------
     DeclarationError
@@ -66,6 +70,8 @@ def load_backbone(name: str, *args: Any, **options: Any) -> Backbone:
     MissingDependencyError
         If its library is not installed, with the command that installs it.
     """
+    from symmetrize.backbone import Backbone
+
     known = list_backbones()
     if name not in known:
         raise DeclarationError(f"load_backbone: unknown backbone {name!r}, {did_you_mean(str(name), known)}")

@@ -74,7 +74,7 @@ class OutputSpec:
         if self.irreps is not None:
             try:
                 normalized = str(o3.Irreps(self.irreps))
-            except ValueError as error:
+            except (ValueError, TypeError) as error:
                 raise DeclarationError(
                     f"OutputSpec: irreps: expected e3nn irreps with explicit parity such as '1o', got {self.irreps!r}"
                 ) from error
@@ -151,9 +151,7 @@ class OutputSpec:
             projector = _cartesian_invariants(self.rank, group).to(values)
             return (values.reshape(values.shape[0], -1) @ projector).reshape(values.shape)
         irreps = o3.Irreps(self.irreps)
-        keep = [
-            float(ir.l == 0 and (ir.p == 1 or group == "SO(3)")) for mul, ir in irreps for _ in range(mul * ir.dim)
-        ]
+        keep = [float(ir.l == 0 and (ir.p == 1 or group == "SO(3)")) for mul, ir in irreps for _ in range(mul * ir.dim)]
         mask = torch.tensor(keep, dtype=values.dtype, device=values.device)
         return values * mask.reshape(self.shape)
 

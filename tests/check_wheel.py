@@ -13,7 +13,9 @@ def main(wheel: str) -> None:
         raise SystemExit(f"wheel: expected the one top-level package symmetrize, got {sorted(top)}")
     root = Path(__file__).parent.parent
     expected = {f"symmetrize/{p.relative_to(root / 'symmetrize')}" for p in (root / "symmetrize").rglob("*.py")}
-    expected |= {f"symmetrize/backbones/{p.relative_to(root / 'backbones')}" for p in (root / "backbones").rglob("*.py")}
+    expected |= {
+        f"symmetrize/backbones/{p.relative_to(root / 'backbones')}" for p in (root / "backbones").rglob("*.py")
+    }
     for folder, target in (("backbones/pet/weights", "symmetrize/backbones/pet/weights"), ("symmetrize/demo/data", "")):
         for p in (root / folder).iterdir():
             expected.add(f"{target or folder}/{p.name}")

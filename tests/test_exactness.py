@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from symmetrize.backbones.toy import ToyGlobal, ToyLocal
 
 from symmetrize import ECSE, Identity, OutputSpec, Symmetrizer, from_ase
-from symmetrize.backbones.toy import ToyGlobal, ToyLocal
 from symmetrize.testing import (
     NEAR_COLLINEAR_FACTOR,
     conservative,
@@ -61,7 +61,9 @@ def model(kind: str, method, dtype=torch.float64, outputs=None, **options):
     if kind == "structure":
         backbone = AntisymmetrizedGlobal(PER_STRUCTURE | {"atomwise": OutputSpec("1o")}, seed=1)
     else:
-        backbone = Antisymmetrized(OUTPUTS, cutoff=4.0 if kind == "atom" else 3.0, n_hops=1 if kind == "atom" else 2, seed=2)
+        backbone = Antisymmetrized(
+            OUTPUTS, cutoff=4.0 if kind == "atom" else 3.0, n_hops=1 if kind == "atom" else 2, seed=2
+        )
     scope = "structure" if kind == "structure" else "atom"
     return Symmetrizer(backbone.to(dtype), method, scope=scope, **options).eval()
 
@@ -120,7 +122,7 @@ def test_the_bare_backbone_is_not(kind):
     for n, (name, atoms) in enumerate(chosen.items()):
         worst = max(d.scale.relative(float(d.max[:, n].max())) for d in measured.outputs.values())
         sees_nothing = name.startswith("isolated atom") or (name == "pair at the cutoff" and kind == "atom")
-        assert worst > 1e-2 or sees_nothing or kind == "two-hop" and len(atoms) == 2, name
+        assert worst > 1e-2 or sees_nothing or (kind == "two-hop" and len(atoms) == 2), name
 
 
 @pytest.mark.parametrize("kind", ["atom", "structure"])
@@ -190,6 +192,7 @@ def test_two_skew_dimers_need_candidates_as_far_as_the_backbone_sees():
     exact, short = model("two-hop", ECSE()), model("two-hop", ShortSighted())
     elements = random_elements(4, torch.Generator().manual_seed(0))
     assert within(
-        measure_equivariance(exact, batch, OUTPUTS, elements, scale=SCALES["two-hop"]).relative, tolerance(torch.float64)
+        measure_equivariance(exact, batch, OUTPUTS, elements, scale=SCALES["two-hop"]).relative,
+        tolerance(torch.float64),
     )
     assert measure_equivariance(short, batch, OUTPUTS, elements, scale=SCALES["two-hop"]).relative > 1e-6

@@ -10,8 +10,8 @@ from ase.calculators.calculator import Calculator, all_changes
 from ase.stress import full_3x3_to_voigt_6_stress
 
 from symmetrize.data import from_ase
-from symmetrize.errors import DeclarationError, InvalidTypeError
-from symmetrize.symmetrizer import Symmetrizer
+from symmetrize.errors import InvalidTypeError
+from symmetrize.symmetrizer import Symmetrizer, check_energy
 
 
 class SymmetrizerCalculator(Calculator):
@@ -41,8 +41,7 @@ class SymmetrizerCalculator(Calculator):
                 f"model: expected a Symmetrizer, got {type(model).__name__}; the bare model is "
                 "Symmetrizer(backbone, Identity())"
             )
-        if energy not in model.backbone.outputs:
-            raise DeclarationError(f"energy: expected one of {sorted(model.backbone.outputs)}, got {energy!r}")
+        check_energy(model.backbone, energy)
         self.model, self.energy = model, energy
 
     def calculate(

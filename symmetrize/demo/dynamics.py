@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import numpy as np
 from ase import Atoms, units
-from ase.md.velocitydistribution import MaxwellBoltzmannDistribution, Stationary
 from ase.md.verlet import VelocityVerlet
 
 from symmetrize.calculators import SymmetrizerCalculator
@@ -26,8 +25,10 @@ def run_dynamics(
 ) -> Dynamics:
     """NVE runs of ``n_steps`` steps: Maxwell-Boltzmann velocities without total momentum, but with their rotation."""
     start = atoms.copy()
-    MaxwellBoltzmannDistribution(start, temperature_K=TEMPERATURE, rng=np.random.default_rng(seed))
-    Stationary(start, preserve_temperature=False)
+    masses = start.get_masses()[:, None]
+    # Written out: ASE's function for it has changed its name between the versions that we support.
+    momenta = np.random.default_rng(seed).standard_normal((len(start), 3)) * np.sqrt(masses * units.kB * TEMPERATURE)
+    start.set_momenta(momenta - masses * momenta.sum(axis=0) / masses.sum())
     trajectories = [_run(subject, treatment, start.copy(), n_steps, tick) for treatment in (BARE, ALL)]
     return Dynamics(subject.label, structure, TIMESTEP, TEMPERATURE, trajectories)
 

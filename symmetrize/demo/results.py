@@ -65,7 +65,7 @@ class Row:
     evaluations, evaluations_max : float, int
         Of the backbone, per atom (scope "atom") or structure.
     seconds, ratio : float
-        Energies and forces of all structures; relative to the bare backbone.
+        Energies and forces of all structures, processor time of one thread; relative to the bare backbone.
     """
 
     label: str
@@ -193,6 +193,16 @@ class Trajectory:
         return length / length[0] - 1.0
 
     @property
+    def turned(self) -> float:
+        """Largest `angle`, degrees."""
+        return float(self.angle.max())
+
+    @property
+    def stretched(self) -> float:
+        """Largest `magnitude_change` of either sign."""
+        return float(np.abs(self.magnitude_change).max())
+
+    @property
     def energy_drift(self) -> float:
         """Slope of the total energy, meV/ps, least squares."""
         if len(self.time) < 2:
@@ -271,18 +281,23 @@ class DemoResult:
         return None if self.output is None else self.output / "report.html"
 
     @property
-    def exact(self) -> bool:
-        """Whether every symmetrised model has the symmetry it was given, to rounding."""
+    def worst(self) -> float:
+        """Largest error on the common scale that should not be there: of SO(3) under rotations, of O(3) under both."""
         found = [row.rotation.relative for row in self.rows if row.treatment != "bare"]
         found += [row.inversion.relative for row in self.rows if row.treatment == "O(3)"]
-        return bool(found) and all(value <= self.tolerance for value in found)
+        return max(found, default=math.inf)
+
+    @property
+    def exact(self) -> bool:
+        """Whether every symmetrised model has the symmetry it was given, to rounding."""
+        return self.worst <= self.tolerance
 
     def to_json(self) -> str:
         """Everything but the paths, with the version of the schema."""
         content = dataclasses.asdict(self)
         del content["output"]
         content = {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, "exact": self.exact, **content}
-        return json.dumps(_plain(content), indent=1, allow_nan=False) + "\n"
+        return json.dumps(_plain(content), allow_nan=False) + "\n"
 
 
 def _plain(value: Any, digits: int | None = None) -> Any:

@@ -23,8 +23,17 @@ from symmetrize.demo.dynamics import run_dynamics
 from symmetrize.demo.results import DemoResult, Dynamics, Row, Scan, SymmetryError
 from symmetrize.demo.scenes import draw_frames, scan_rotation
 from symmetrize.demo.subjects import BARE, TREATMENTS, Subject, shipped_subjects
-from symmetrize.demo.sweep import MILLI, Accuracy, Reference, count_frames, measure_accuracy, measure_symmetry, reference
-from symmetrize.demo.table import as_markdown, as_text
+from symmetrize.demo.sweep import (
+    MILLI,
+    REPEATS,
+    Accuracy,
+    Reference,
+    count_frames,
+    measure_accuracy,
+    measure_symmetry,
+    reference,
+)
+from symmetrize.demo.table import all_tables, as_markdown, as_text
 from symmetrize.errors import DeclarationError, InvalidInputError, did_you_mean
 from symmetrize.ops.rotations import random_rotations
 from symmetrize.report import render_demo, require_libraries, write_text
@@ -46,7 +55,7 @@ def run_demo(
     structures: str | os.PathLike[str] | None = None,
     n_structures: int = 100,
     n_elements: int = 16,
-    n_steps: int = 1500,
+    n_steps: int = 1200,
     dtype: Literal["float64", "float32"] = "float64",
     seed: int = 0,
     progress: bool = True,
@@ -72,7 +81,7 @@ def run_demo(
     seed : int
         Of the group elements and of the initial velocities.
     progress : bool
-        Show progress bars, and print the tables at the end.
+        Show progress bars, and print the tables and the path of the report at the end.
     subjects : sequence of Subject, optional
         Backbones with their scopes; by default the shipped models. The first of them is used for molecular dynamics.
     workers : int, optional
@@ -88,7 +97,8 @@ def run_demo(
         For arguments out of range, structures without reference values, and missing plotting libraries.
     """
     require_libraries()
-    for name, value, least in (("n_structures", n_structures, 2), ("n_elements", n_elements, 1), ("n_steps", n_steps, 1)):
+    numbers = {"n_structures": (n_structures, 2), "n_elements": (n_elements, 1), "n_steps": (n_steps, 1)}
+    for name, (value, least) in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise DeclarationError(f"{name}: expected an integer of at least {least}, got {value!r}")
     if dtype not in _DTYPES:
@@ -96,6 +106,7 @@ def run_demo(
     n_workers = min(2, len(_cores())) if workers is None else max(1, int(workers))
     precision = _DTYPES[dtype]
     begin = time.perf_counter()
+    folder = _folder(output)
     target = reference(_read(structures)[:n_structures])
     chosen = shipped_subjects(precision) if subjects is None else list(subjects)
     if not chosen:
@@ -126,16 +137,14 @@ def run_demo(
         phases=phases,
     )
     start = time.perf_counter()
-    result = dataclasses.replace(result, output=Path(output))
-    page = render_demo(result)
+    result = dataclasses.replace(result, output=folder)
+    page = render_demo(result, all_tables(result))
     phases["report"] = time.perf_counter() - start
-    folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "results.json", result.to_json())
     write_text(folder / "table.md", as_markdown(result))
     write_text(folder / "report.html", page)
     if progress:
-        print("\n" + as_text(result) + "\n")
+        print(f"\n{as_text(result)}\n\nreport: {result.report}")
     return result
 
 
@@ -212,7 +221,7 @@ class _Jobs:
 def _accuracies(
     subjects: Sequence[Subject], target: Reference, dtype: torch.dtype, progress: bool
 ) -> dict[tuple[int, str], Accuracy]:
-    with _bar("accuracy and cost", 2 * len(subjects) * len(TREATMENTS), progress) as bar:
+    with _bar("accuracy and cost", REPEATS * len(subjects) * len(TREATMENTS), progress) as bar:
         return {
             (k, treatment): measure_accuracy(subject, treatment, target, dtype, lambda: bar.update())
             for k, subject in enumerate(subjects)
@@ -240,17 +249,29 @@ def _rows(
     ]
 
 
+def _folder(output: str | os.PathLike[str]) -> Path:
+    """Create the folder before anything is measured."""
+    folder = Path(output)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidInputError(f"output: expected a folder that can be written to, got {str(folder)!r}") from error
+    return folder
+
+
 def _read(structures: str | os.PathLike[str] | None) -> list[Atoms]:
     from ase.io import read
 
-    if structures is not None:
-        path = Path(structures)
-        if not path.is_file():
-            raise InvalidInputError(f"structures: expected a file, got {str(path)!r}")
-        found = read(path, ":")
-    else:
+    if structures is None:
         with as_file(files("symmetrize.demo") / "data" / "ethanol-test.xyz") as path:
-            found = read(path, ":")
+            return list(read(path, ":"))
+    path = Path(structures)
+    if not path.is_file():
+        raise InvalidInputError(f"structures: expected a file, got {str(path)!r}")
+    try:
+        found = read(path, ":")
+    except Exception as error:  # every format of ASE has errors of its own
+        raise InvalidInputError(f"structures: expected a file that ASE can read, got {str(path)!r}: {error}") from error
     if len(found) < 2:
         raise InvalidInputError(f"structures: expected at least two, got {len(found)}")
     return list(found)
@@ -272,11 +293,13 @@ def _provenance(
         command.append(f"--structures {Path(structures).name}")
     command += [f"--n-structures {len(target.structures)}", f"--n-elements {n_elements}", f"--n-steps {n_steps}"]
     command += [f"--dtype {dtype}", f"--seed {seed}"]
-    given = {"name": Path(structures).name, "source": "given by the user", "licence": "not known"} if structures else None
+    data = dict(_BUNDLED)
+    if structures is not None:
+        data = {"name": Path(structures).name, "source": "given by the user", "licence": "not known"}
     return {
         "command": " ".join(command),
         "date": time.strftime("%Y-%m-%d %H:%M %Z"),
-        "data": given or dict(_BUNDLED),
+        "data": data,
         "n_structures": len(target.structures),
         "n_atoms": sum(map(len, target.structures)),
         "n_elements": n_elements,

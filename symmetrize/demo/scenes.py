@@ -50,10 +50,7 @@ def scan_rotation(
 def draw_frames(subjects: Sequence[Subject], structures: Sequence[Atoms], dtype: torch.dtype) -> Drawing:
     """The structure with the most coordinate systems, with those of its atoms and of its centroid."""
     with torch.no_grad():
-        graph = graph_of(subjects[0], structures, dtype)
-        frames = subjects[0].model(ROTATIONS).frames(graph)
-        owner = frames.owner if subjects[0].scope == "structure" else graph[keys.BATCH][frames.owner]
-        chosen = int(torch.bincount(owner, (frames.weights > NEGLIGIBLE_WEIGHT).double()).argmax())
+        chosen = _richest(subjects, structures, dtype)
         atoms = structures[chosen]
         centroid = atoms.positions.mean(axis=0)
         positions = atoms.positions - centroid
@@ -65,13 +62,21 @@ def draw_frames(subjects: Sequence[Subject], structures: Sequence[Atoms], dtype:
             titles = names if subject.scope == "atom" else ["centroid"]
             for k, title in enumerate(titles):
                 origin = positions[k] if subject.scope == "atom" else np.zeros(3)
-                scope = f"{subject.scope} scope"
-                owners.append(
-                    {"name": title, "scope": scope, "origin": origin, "frames": _frames(single, k, origin, positions, names)}
-                )
+                found = _frames(single, k, origin, positions, names)
+                owners.append({"name": title, "scope": f"{subject.scope} scope", "origin": origin, "frames": found})
     neighbors = build_neighbor_list(atoms, natural_cutoffs(atoms, mult=1.15), self_interaction=False, bothways=False)
     bonds = [(i, int(j)) for i in range(len(atoms)) for j in neighbors.get_neighbors(i)[0]]
     return Drawing(chosen, symbols, positions, bonds, owners)
+
+
+def _richest(subjects: Sequence[Subject], structures: Sequence[Atoms], dtype: torch.dtype) -> int:
+    total = torch.zeros(len(structures), dtype=torch.int64)
+    for subject in subjects:
+        graph = graph_of(subject, structures, dtype)
+        counts = subject.model(ROTATIONS).frames(graph).evaluations
+        rows = graph[keys.BATCH] if subject.scope == "atom" else torch.arange(len(structures))
+        total.index_add_(0, rows, counts)
+    return int(total.argmax())
 
 
 def _frames(

@@ -20,8 +20,8 @@ def tables(result: DemoResult) -> list[Table]:
             ("force MAE", "meV/A"),
             ("backbone", "evaluations"),
             ("at most",),
-            ("time", "s"),
-            ("time", "/ bare"),
+            ("CPU time", "s"),
+            ("CPU time", "/ bare"),
         ],
         [
             [
@@ -57,7 +57,9 @@ def tables(result: DemoResult) -> list[Table]:
     return [accuracy, plain, relative]
 
 
-def _errors(result: DemoResult, title: str, units: tuple[str, str], take: Callable[[SymmetryError], tuple[float, ...]]) -> Table:
+def _errors(
+    result: DemoResult, title: str, units: tuple[str, str], take: Callable[[SymmetryError], tuple[float, ...]]
+) -> Table:
     columns: list[tuple[str, ...]] = [("model",)]
     for kind in ("rotation", "inversion"):
         columns += [(kind, unit, which) for unit in units for which in ("max", "RMS")]
@@ -83,12 +85,12 @@ def dynamics_table(result: DemoResult) -> Table:
                 f"{dynamics.label}: {'bare' if t.treatment == 'bare' else 'ECSE ' + t.treatment}",
                 number(t.energy_drift),
                 number(t.energy_fluctuation),
-                number(float(abs(t.magnitude_change).max()) * 100.0),
-                number(float(t.angle.max())),
+                number(100.0 * t.stretched),
+                number(t.turned),
             ]
         )
     return Table(
-        f"Molecular dynamics at constant energy: one molecule, {number(float(length))} ps, {dynamics.timestep:g} fs steps",
+        f"Molecular dynamics at constant energy: {number(float(length))} ps, steps of {dynamics.timestep:g} fs",
         [
             ("model",),
             ("energy drift", "meV/ps"),
@@ -100,11 +102,16 @@ def dynamics_table(result: DemoResult) -> Table:
     )
 
 
+def all_tables(result: DemoResult) -> list[Table]:
+    """Everything in the order in which it is shown."""
+    return [*tables(result), dynamics_table(result)]
+
+
 def as_text(result: DemoResult) -> str:
     """All tables for a terminal."""
-    return "\n\n".join(table.text() for table in [*tables(result), dynamics_table(result)])
+    return "\n\n".join(table.text() for table in all_tables(result))
 
 
 def as_markdown(result: DemoResult) -> str:
     """All tables as Markdown."""
-    return "\n\n".join(table.markdown() for table in [*tables(result), dynamics_table(result)]) + "\n"
+    return "\n\n".join(table.markdown() for table in all_tables(result)) + "\n"

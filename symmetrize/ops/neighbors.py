@@ -36,9 +36,7 @@ def _calculator(cutoff: float) -> NeighborList:
     return NeighborList(cutoff=cutoff, full_list=True)
 
 
-def neighbor_list(
-    pos: Tensor, ptr: Tensor, cell: Tensor, pbc: Tensor, cutoff: float
-) -> tuple[Tensor, Tensor]:
+def neighbor_list(pos: Tensor, ptr: Tensor, cell: Tensor, pbc: Tensor, cutoff: float) -> tuple[Tensor, Tensor]:
     """All pairs (neighbor, center) within a cutoff, periodic images included, grouped by structure.
 
     Parameters

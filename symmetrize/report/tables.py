@@ -31,7 +31,9 @@ class Table:
         widths = [max(len(row[k]) for row in [*lines, *self.rows]) for k in range(len(self.columns))]
 
         def joined(row: Sequence[str]) -> str:
-            cells = [cell.ljust(w) if k == 0 else cell.rjust(w) for k, (cell, w) in enumerate(zip(row, widths, strict=True))]
+            cells = [
+                cell.ljust(w) if k == 0 else cell.rjust(w) for k, (cell, w) in enumerate(zip(row, widths, strict=True))
+            ]
             return "  ".join(cells).rstrip()
 
         rule = "-" * (sum(widths) + 2 * (len(widths) - 1))

@@ -89,7 +89,7 @@ def measure_forces_fd(
     batch : Data
         For stress, all structures have to be periodic in three directions.
     step : float, optional
-        Unit of the positions; the strains are a fifth of it. By default 2e-3 in float64, and 5e-2 in float32, where
+        Unit of the positions; the strains are a fifth of it. By default 5e-4 in float64, and 5e-2 in float32, where
         no more than two or three digits can be checked.
     generator : torch.Generator, optional
         Of the directions; seed 0 by default.
@@ -196,7 +196,7 @@ def measure_hessian_symmetry(
 def _step(batch: Batch, step: float | None) -> float:
     if step is not None:
         return step
-    return 2e-3 if batch[keys.POS].dtype == torch.float64 else 5e-2
+    return 5e-4 if batch[keys.POS].dtype == torch.float64 else 5e-2
 
 
 def _device(batch: Batch) -> torch.device:

@@ -65,7 +65,7 @@ class ECSE(FrameMethod):
         collinearity_width: float = 0.15,
         fallback: Literal["axial", "error"] | Backbone = "axial",
     ) -> None:
-        super().__init__()
+        super().__init__(auxiliary=fallback if isinstance(fallback, Backbone) else None)
         for name, value in {"cutoff_width": cutoff_width, "collinearity_width": collinearity_width}.items():
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value < float("inf"):
                 raise DeclarationError(f"ECSE: {name}: expected a positive number, got {value!r}")
@@ -78,7 +78,6 @@ class ECSE(FrameMethod):
         self.cutoff_width = float(cutoff_width)
         self.collinearity_width = float(collinearity_width)
         self.fallback = "auxiliary" if isinstance(fallback, Backbone) else fallback
-        self.auxiliary = fallback if isinstance(fallback, Backbone) else None
 
     def frames(
         self, batch: Data, *, group: str, scope: Scope, l_max: int, generator: torch.Generator | None = None
@@ -183,9 +182,7 @@ class ECSE(FrameMethod):
         )
 
     def extra_repr(self) -> str:
-        return (
-            f"cutoff_width={self.cutoff_width}, collinearity_width={self.collinearity_width}, fallback={self.fallback!r}"
-        )
+        return f"cutoff_width={self.cutoff_width}, collinearity_width={self.collinearity_width}, fallback={self.fallback!r}"
 
 
 def _hand_over(

@@ -107,14 +107,15 @@ def stratify(
     # Axis stratum: frames attached to every partner off the axis, or to none on an exactly collinear cloud.
     near_line = (on_axis > 0.0)[row].nonzero()[:, 0]
     partner, row = partner[near_line], row[near_line]
-    first, second = units[axis[row]], units[partner]
-    off_line = (_sin_squared(first, second) > collinear).nonzero()[:, 0]
-    partner, row, first = partner[off_line], row[off_line], first[off_line]
+    height = torch.linalg.cross(units[axis[row]], vectors[partner])
+    # Relative to the longer arm: an atom next to the origin is off the axis by its distance, not by its direction.
+    longer = torch.maximum(lengths[partner], lengths[axis[row]]).detach()
+    sine = (height.detach() * height.detach()).sum(dim=1) / (longer * longer)
+    off_line = (sine > collinear).nonzero()[:, 0]
+    partner, row, height, sine = partner[off_line], row[off_line], height[off_line], sine[off_line]
     # Very near the line the average no longer depends on the angle about the axis, but its parts do, as 1 / h: their
     # derivatives would cancel to rounding / h. There the angle and the shares are constants.
-    sine = _sin_squared(first, units[partner])
-    rigid = (segment_max(sine.detach(), row, n_axes, 0.0) < rigid_below)[row][:, None]
-    height = torch.linalg.cross(first, vectors[partner])
+    rigid = (segment_max(sine, row, n_axes, 0.0) < rigid_below)[row][:, None]
     height = torch.where(rigid, height.detach(), height)
     share = reach[partner] * (height * height).sum(dim=1)
     # Relative to the largest before the power, which would underflow; the quotient does not notice.
