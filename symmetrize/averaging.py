@@ -11,7 +11,7 @@ from torch import Tensor
 from torch_geometric.data import Data
 
 from symmetrize import keys
-from symmetrize.backbone import Copies
+from symmetrize.backbone import Backbone, Copies
 from symmetrize.copies import copied_sizes, copy_environments, copy_stars, copy_structures, pack
 from symmetrize.data import replace, with_neighbors
 from symmetrize.evaluation import Source, check_outputs, make_source, run_backbone, run_chunk
@@ -37,10 +37,12 @@ class _Chunk(NamedTuple):
     frame: Tensor  # frames of this chunk, (n_copies,)
     copies: Copies
     invariant: bool  # the point stratum: only the invariant part of the outputs counts
+    row_copy: dict[str, Tensor]  # for the rows of each output: the copy that they come from,
+    row_target: dict[str, Tensor]  # and the row of the result that they add to
 
 
 class Average:
-    """One evaluation of a batch: a value object that lives for the duration of a call."""
+    """Accumulates one evaluation of a batch; lives for the duration of a call."""
 
     def __init__(
         self,
@@ -57,7 +59,7 @@ class Average:
         self.weights = frames.normalized_weights
         self.names = list(self.backbone.outputs)
         self.inputs = list(self.source.inputs)
-        self.parameters = [p for p in self.backbone.parameters() if p.requires_grad]
+        self.parameters: list[Tensor] = [p for p in self.backbone.parameters() if p.requires_grad]
         self.n_structures = graph[keys.PTR].shape[0] - 1
         n_atoms = graph[keys.POS].shape[0]
         rows = {"atom": n_atoms, "structure": self.n_structures}
@@ -80,18 +82,22 @@ class Average:
         for chunk in chunks:
             tensors = [self.source.inputs[name] for name in self.inputs]
             tensors += [self.frames.rotations[chunk.frame], self.frames.origins[chunk.frame], self.weights[chunk.frame]]
-            function = _ChunkFunction(self, chunk)
+            function = _ChunkFunction(self.backbone, self.source, self.model.group, self.energy, chunk)
             if conservative and not self.create_graph:
                 with torch.no_grad():
                     outputs, gradients = function([t.detach() for t in tensors], False)
             else:
                 outputs, gradients = run_chunk(
-                    function, tensors, self.parameters, bounded=bounded, create_graph=self.create_graph
+                    function,
+                    tensors,
+                    self.parameters,
+                    len(self.names),
+                    bounded=bounded,
+                    create_graph=self.create_graph,
                 )
-            row_copy, row_target = self._rows(chunk)
+            weights, owner = self.weights[chunk.frame], self.frames.owner[chunk.frame]
             for name, values in zip(self.names, outputs, strict=True):
-                owner = self.frames.owner[chunk.frame]
-                self._accumulate(name, values, self.weights[chunk.frame], owner, row_copy[name], row_target[name])
+                self._accumulate(name, values, weights, owner, chunk.row_copy[name], chunk.row_target[name])
             if conservative:
                 n = len(self.inputs)
                 input_gradients = [
@@ -100,10 +106,8 @@ class Average:
                 frame_gradients.append(gradients[n])
                 origin_gradients.append(gradients[n + 1])
                 # dE/dw_k is the energy of copy k itself.
-                copies_energy = segment_sum(
-                    outputs[self.names.index(str(self.energy))], row_copy[str(self.energy)], chunk.frame.shape[0]
-                )
-                weight_gradients.append(copies_energy.to(torch.float64))
+                energies = outputs[self.names.index(str(self.energy))].to(torch.float64)
+                weight_gradients.append(segment_sum(energies, chunk.row_copy[str(self.energy)], len(chunk.frame)))
         if conservative and chunks:
             order = torch.cat([chunk.frame for chunk in chunks])
             self._differentiate(self.frames.rotations[order], torch.cat(frame_gradients))
@@ -134,7 +138,8 @@ class Average:
             size = copied_sizes(self.graph, frames.owner[frame], scope, 0 if invariant else hops)
             for part in pack(size, limit):
                 part = frame[part]
-                yield _Chunk(part, self._copies(frames.owner[part], invariant), invariant)
+                copies = self._copies(frames.owner[part], invariant)
+                yield _Chunk(part, copies, invariant, *self._rows(copies, frames.owner[part]))
 
     def _copies(self, owner: Tensor, invariant: bool) -> Copies:
         if self.model.scope == "structure":
@@ -148,17 +153,11 @@ class Average:
             return stars._replace(edge=none, edge_copy=none, source=none, target=none)
         return copy_environments(self.graph, owner, hops)
 
-    def _rows(self, chunk: _Chunk) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """For the rows of each output: the copy they come from, and the row of the result they add to."""
-        copies = chunk.copies
-        copy, target = {}, {}
-        for name, spec in self.backbone.outputs.items():
-            if spec.per == "atom":
-                copy[name], target[name] = copies.atom_copy[copies.center], copies.atom[copies.center]
-            else:
-                copy[name] = torch.arange(chunk.frame.shape[0], device=chunk.frame.device)
-                target[name] = self.frames.owner[chunk.frame]
-        return copy, target
+    def _rows(self, copies: Copies, owner: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        atoms = copies.atom_copy[copies.center], copies.atom[copies.center]
+        structures = torch.arange(owner.shape[0], device=owner.device), owner
+        rows = {n: atoms if spec.per == "atom" else structures for n, spec in self.backbone.outputs.items()}
+        return {name: pair[0] for name, pair in rows.items()}, {name: pair[1] for name, pair in rows.items()}
 
     def _accumulate(
         self, name: str, values: Tensor, weights: Tensor, owner: Tensor, row_copy: Tensor, row_target: Tensor
@@ -186,14 +185,19 @@ class Average:
         everything = torch.arange(self.n_structures, device=frames.owner.device)
         copies = copy_structures(graph, everything)
         outputs = check_outputs(auxiliary, auxiliary(graph), copies, self.n_structures, graph)
+        # The baseline of the backbone is added to everything in the end, that of the auxiliary model belongs here.
+        own, other = self.backbone.baseline(graph), auxiliary.baseline(graph)
         weight = segment_sum(self.weights[chosen], frames.owner[chosen], frames.n_owners)
         for name, spec in self.backbone.outputs.items():
             rows = copies.atom[copies.center] if spec.per == "atom" else everything
             copy = graph[keys.BATCH][rows] if self.model.scope == "structure" and spec.per == "atom" else rows
             owners = torch.arange(frames.n_owners, device=rows.device)
-            self._accumulate(name, outputs[name], weight, owners, copy, rows)
+            values = outputs[name].to(torch.float64)
+            values = values + other[name] if name in other else values
+            values = values - own[name] if name in own else values
+            self._accumulate(name, values, weight, owners, copy, rows)
             if name == self.energy:
-                self._differentiate_sum(outputs[name], weight, copy)
+                self._differentiate_sum(values, weight, copy)
 
     def _differentiate_sum(self, values: Tensor, weight: Tensor, owner: Tensor) -> None:
         scalar = (values.to(torch.float64) * weight[owner]).sum()
@@ -247,14 +251,17 @@ class Average:
 
 
 class _ChunkFunction:
-    """A chunk as a pure function of its differentiable tensors (see `symmetrize.evaluation`)."""
+    """A chunk as a pure function of its differentiable tensors (see `symmetrize.evaluation`).
 
-    def __init__(self, average: Average, chunk: _Chunk) -> None:
-        self.average, self.chunk = average, chunk
+    It holds only what lies upstream of its result: a reference to what is accumulated from it would close a cycle
+    through the autograd graph, which no garbage collector can free.
+    """
+
+    def __init__(self, backbone: Backbone, source: Source, group: str, energy: str | None, chunk: _Chunk) -> None:
+        self.backbone, self.source, self.group, self.energy, self.chunk = backbone, source, group, energy, chunk
 
     def __call__(self, tensors: list[Tensor], create_graph: bool) -> tuple[list[Tensor], list[Tensor]]:
-        average = self.average
-        conservative = average.energy is not None
+        conservative = self.energy is not None
         if conservative and not create_graph:
             tensors = [t.detach().requires_grad_() for t in tensors]
         else:
@@ -264,32 +271,28 @@ class _ChunkFunction:
             outputs = self._evaluate(tensors)
             if not conservative:
                 return outputs, []
-            index = average.names.index(str(average.energy))
-            row_copy = average._rows(self.chunk)[0][str(average.energy)]
-            scalar = (outputs[index].to(torch.float64) * tensors[-1][row_copy]).sum()
-            wanted = [t for t in tensors[:-1] if t.requires_grad]
-            found = iter(
-                torch.autograd.grad(scalar, wanted, create_graph=create_graph, allow_unused=True)
-                if scalar.requires_grad
-                else [None] * len(wanted)
-            )
-            gradients = []
-            for t in tensors[:-1]:
-                gradient = next(found) if t.requires_grad else None
-                gradients.append(torch.zeros_like(t) if gradient is None else gradient)
+            energies = outputs[list(self.backbone.outputs).index(str(self.energy))]
+            scalar = (energies.to(torch.float64) * tensors[-1][self.chunk.row_copy[str(self.energy)]]).sum()
+            gradients = _gradients(scalar, tensors[:-1], create_graph)
         return (outputs if create_graph else [value.detach() for value in outputs]), gradients
 
     def _evaluate(self, tensors: list[Tensor]) -> list[Tensor]:
-        average, chunk = self.average, self.chunk
-        inputs = dict(zip(average.inputs, tensors[:-3], strict=True))
+        chunk, declared = self.chunk, self.backbone.outputs
+        inputs = dict(zip(self.source.inputs, tensors[:-3], strict=True))
         rotations, origins = tensors[-3], tensors[-2]
-        got = run_backbone(average.backbone, average.source, inputs, chunk.copies, rotations, origins)
-        outputs = check_outputs(average.backbone, got, chunk.copies, chunk.frame.shape[0], average.graph)
-        row_copy, _ = average._rows(chunk)
-        values = []
-        for name, spec in average.backbone.outputs.items():
-            if chunk.invariant:
-                values.append(spec.project_invariant(outputs[name], average.model.group))
-            else:
-                values.append(spec.rotate(outputs[name], rotations, row_copy[name]))
-        return values
+        got = run_backbone(self.backbone, self.source, inputs, chunk.copies, rotations, origins)
+        outputs = check_outputs(self.backbone, got, chunk.copies, chunk.frame.shape[0], self.source.batch)
+        if chunk.invariant:
+            return [spec.project_invariant(outputs[name], self.group) for name, spec in declared.items()]
+        return [spec.rotate(outputs[name], rotations, chunk.row_copy[name]) for name, spec in declared.items()]
+
+
+def _gradients(scalar: Tensor, tensors: list[Tensor], create_graph: bool) -> list[Tensor]:
+    """Gradient with respect to every tensor, zeros where there is no dependence."""
+    wanted = [t for t in tensors if t.requires_grad]
+    found: list[Tensor | None] = [None] * len(wanted)
+    if scalar.requires_grad and wanted:
+        found = list(torch.autograd.grad(scalar, wanted, create_graph=create_graph, allow_unused=True))
+    iterator = iter(found)
+    gradients = [next(iterator) if t.requires_grad else None for t in tensors]
+    return [torch.zeros_like(t) if g is None else g for t, g in zip(tensors, gradients, strict=True)]

@@ -89,7 +89,8 @@ def from_points(pos: Tensor, batch: Tensor | None = None, cutoff: float | None =
             raise InvalidInputError(f"from_points: {name}: expected a Tensor with one row per point")
     if batch.shape != pos.shape[:1] or batch.dtype != torch.int64:
         raise InvalidInputError(
-            f"from_points: batch: expected int64 of shape {tuple(pos.shape[:1])}, got {batch.dtype} {tuple(batch.shape)}"
+            f"from_points: batch: expected int64 of shape {tuple(pos.shape[:1])}, "
+            f"got {batch.dtype} {tuple(batch.shape)}"
         )
     if batch.numel() and int(batch.min()) < 0:
         raise InvalidInputError(f"from_points: batch: expected cloud numbers from 0 on, got {int(batch.min())}")
@@ -161,6 +162,8 @@ def validate(batch: Data) -> Batch:
     mask = batch.get(keys.CENTER_MASK)
     if mask is not None and (mask.dtype != torch.bool or mask.dim() != 1):
         raise InvalidTypeError(f"center_mask: expected bool of shape (n_atoms,), got {mask.dtype} {tuple(mask.shape)}")
+    if mask is not None and not bool(mask.any()):
+        raise InvalidInputError("center_mask: expected at least one center, got none")
     _refuse_coincident(pos, structure, ptr)
     return replace(batch, **fields)
 
@@ -223,6 +226,11 @@ def _cells(batch: Data, pos: Tensor, n_structures: int) -> dict[str, Tensor]:
                 f"vectors there, got {cell[s].tolist()}"
             )
     return {keys.CELL: cell, keys.PBC: pbc}
+
+
+def where(batch: Data, owner: int, scope: str) -> str:
+    """Name of an atom or a structure in messages."""
+    return _where(owner, batch[keys.PTR]) if scope == "atom" else f"structure {owner}"
 
 
 def _where(atom: Tensor | int, ptr: Tensor) -> str:
@@ -315,7 +323,24 @@ def with_neighbors(batch: Data, cutoff: float) -> Batch:
             **{keys.EDGE_INDEX: out[keys.EDGE_INDEX][:, keep], keys.CELL_SHIFT: out[keys.CELL_SHIFT][keep]},
         )
         vectors = vectors[keep]
+        _refuse_stale(out, cutoff)
     return replace(out, **{keys.EDGE_VEC: vectors, keys.EDGE_CUTOFF: float(cutoff)})
+
+
+def _refuse_stale(batch: Data, cutoff: float) -> None:
+    """A list that was built before the atoms moved lacks edges: found by counting those that should be there."""
+    n_atoms = batch[keys.POS].shape[0]
+    # A little less than the cutoff, so that an atom exactly on it is not decided by rounding.
+    expected, _ = neighbor_list(
+        batch[keys.POS], batch[keys.PTR], batch[keys.CELL], batch[keys.PBC], cutoff * (1 - 1e-6)
+    )
+    found = torch.bincount(batch[keys.EDGE_INDEX][1], minlength=n_atoms)
+    short = (found < torch.bincount(expected[1], minlength=n_atoms)).nonzero()
+    if len(short):
+        raise InvalidInputError(
+            f"edge_index: expected all neighbors within {cutoff}, some are missing at "
+            f"{_where(short[0, 0], batch[keys.PTR])}; rebuild the neighbor list when the atoms move, or leave it out"
+        )
 
 
 def _check_edges(batch: Data) -> None:

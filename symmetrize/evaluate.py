@@ -59,9 +59,10 @@ def evaluate_file(
         Copies with a `SinglePointCalculator` that holds the predictions; none with ``explain``.
     """
     try:
-        frames = read(structures, ":")
+        found = read(structures, ":")
     except Exception as error:  # whatever ASE's many readers raise
         raise InvalidInputError(f"{structures}: expected structures that ASE reads, got {error}") from error
+    frames = found if isinstance(found, list) else [found]
     if not frames:
         raise InvalidInputError(f"{structures}: expected at least one structure, got none")
     name, _, argument = backbone.partition(":")

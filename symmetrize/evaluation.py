@@ -1,9 +1,9 @@
 """Evaluating a backbone in rotated copies: the inputs of a copy, one chunk of copies, and bounded memory.
 
-A chunk is a pure function of differentiable inputs (positions, cells, edge vectors, whatever a backbone prepared) and of
-frames. It returns outputs rotated back and, where forces are wanted, their gradient with respect to those inputs.
-Gradients through frames, weights and neighbor lists are assembled once per batch by the caller, so that no chunk's graph
-has to stay alive.
+A chunk is a pure function of differentiable inputs (positions, cells, edge vectors, what a backbone prepared) and of
+frames. It returns outputs rotated back and, where forces are wanted, the gradient of the energy with respect to those
+inputs. Gradients through frames, weights and neighbor lists are assembled once per batch by the caller, so that no
+chunk's graph has to stay alive.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from symmetrize.ops.ragged import offsets
 from symmetrize.representations import OutputSpec
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Source:
     """What copies are made from.
 
@@ -146,16 +146,20 @@ ChunkFunction = Callable[[list[Tensor], bool], tuple[list[Tensor], list[Tensor]]
 
 
 def run_chunk(
-    function: ChunkFunction, tensors: list[Tensor], parameters: list[Tensor], *, bounded: bool, create_graph: bool
+    function: ChunkFunction,
+    tensors: list[Tensor],
+    parameters: list[Tensor],
+    n_outputs: int,
+    *,
+    bounded: bool,
+    create_graph: bool,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Evaluate a chunk, either keeping its graph or, bounded, recomputing it in the backward pass."""
     differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in tensors + parameters)
     if not (bounded and differentiable):
         return function(tensors, create_graph)
-    # How many of the flat results are outputs is known only after the first evaluation.
-    layout: list[int] = []
-    flat = _Recomputed.apply(function, create_graph, layout, len(tensors), *tensors, *parameters)
-    return list(flat[: layout[0]]), list(flat[layout[0] :])
+    flat = _Recomputed.apply(function, create_graph, len(tensors), *tensors, *parameters)
+    return list(flat[:n_outputs]), list(flat[n_outputs:])
 
 
 class _Recomputed(torch.autograd.Function):
@@ -167,26 +171,36 @@ class _Recomputed(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, function: ChunkFunction, create_graph: bool, layout: list[int], n_tensors: int, *tensors: Tensor
+    def forward(
+        ctx: Any, function: ChunkFunction, create_graph: bool, n_tensors: int, *tensors: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.function, ctx.create_graph, ctx.n_tensors = function, create_graph, n_tensors
+        device = tensors[0].device.type
+        ctx.devices = [tensors[0].device] if device == "cuda" else []
         ctx.random_state = torch.get_rng_state()
+        ctx.device_state = torch.cuda.get_rng_state(tensors[0].device) if device == "cuda" else None
+        ctx.autocast = {
+            "device_type": device,
+            "enabled": torch.is_autocast_enabled(device),
+            "dtype": torch.get_autocast_dtype(device),
+        }
         ctx.save_for_backward(*tensors)
         with torch.no_grad():
             outputs, gradients = function([t.detach() for t in tensors[:n_tensors]], False)
-        layout.append(len(outputs))
         return tuple(outputs) + tuple(gradients)
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         again = torch.is_grad_enabled()
         tensors, parameters = ctx.saved_tensors[: ctx.n_tensors], ctx.saved_tensors[ctx.n_tensors :]
         # Cut off from what they were computed from: the gradients wanted here are partial ones.
         tensors = [t.view_as(t) if again else t.detach().requires_grad_(t.requires_grad) for t in tensors]
-        with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        # As it was in the forward pass: random numbers (dropout) and mixed precision.
+        with torch.enable_grad(), torch.random.fork_rng(devices=ctx.devices), torch.autocast(**ctx.autocast):
             torch.set_rng_state(ctx.random_state)
-            outputs, gradients = ctx.function(list(tensors), True if ctx.create_graph else False)
+            if ctx.device_state is not None:
+                torch.cuda.set_rng_state(ctx.device_state, tensors[0].device)
+            outputs, gradients = ctx.function(list(tensors), ctx.create_graph)
         results = [
             (result, cotangent)
             for result, cotangent in zip([*outputs, *gradients], cotangents, strict=True)
@@ -206,4 +220,4 @@ class _Recomputed(torch.autograd.Function):
             )
         iterator = iter(found)
         returned = [next(iterator) if t.requires_grad else None for t in (*tensors, *parameters)]
-        return (None, None, None, None, *returned)
+        return (None, None, None, *returned)

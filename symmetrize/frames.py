@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 Scope = Literal["atom", "structure"]
 SCOPES = ("atom", "structure")
 
-#: A frame of smaller weight than this is not evaluated, and not counted.
+#: A frame of smaller weight than this does not count as an evaluation. Methods switch weights off smoothly there: a cut
+#: by the evaluator would be visible in derivatives.
 NEGLIGIBLE_WEIGHT = 1e-10
 
 
@@ -37,14 +38,14 @@ class Stratum(IntEnum):
     AUXILIARY = 3
 
 
-def check_scope(scope: str) -> str:
+def check_scope(scope: str) -> Scope:
     """The name of a scope, or a `DeclarationError`."""
     if scope not in SCOPES:
         raise DeclarationError(f"scope: unknown scope {scope!r}, {did_you_mean(str(scope), SCOPES)}")
-    return scope
+    return "atom" if scope == "atom" else "structure"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FrameSet:
     """Weighted group elements of every owner: what a symmetrisation method is, as a value.
 

@@ -61,7 +61,8 @@ class Plan:
         return "\n".join(
             [
                 f"{self.n_structures} structures, {self.n_atoms} atoms; {self.group}, scope {self.scope}",
-                f"evaluations   {self.n_evaluations} ({self.evaluations_mean:.2f} per {owner}, at most {self.evaluations_max})",
+                f"evaluations   {self.n_evaluations} ({self.evaluations_mean:.2f} per {owner}, "
+                f"at most {self.evaluations_max})",
                 f"frames        {strata}; effective {self.effective_mean:.2f} per {owner}",
                 f"total weight  at least {self.weight_min:.3f}",
                 f"copied atoms  {self.copied_atoms} ({self.cost_ratio:.1f} x the batch) in {self.n_chunks} calls",

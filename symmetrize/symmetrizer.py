@@ -9,9 +9,9 @@ from torch_geometric.data import Data
 from symmetrize import keys
 from symmetrize.averaging import Average, chunk_limit
 from symmetrize.backbone import Backbone
-from symmetrize.data import replace, validate, with_neighbors
+from symmetrize.data import replace, validate, where, with_neighbors
 from symmetrize.errors import DeclarationError, InvalidInputError, InvalidTypeError, NoFrameError, did_you_mean
-from symmetrize.frames import FrameMethod, FrameSet, Stratum, check_scope
+from symmetrize.frames import FrameMethod, FrameSet, Scope, Stratum, check_scope
 from symmetrize.plan import Plan, make_plan
 from symmetrize.representations import OutputSpec, check_group
 
@@ -67,9 +67,16 @@ class Symmetrizer(torch.nn.Module):
         self.chunk_size = chunk_size
         self.l_max = max(spec.l_max for spec in backbone.outputs.values())
         if method.auxiliary is not None:
-            missing = set(backbone.outputs) - set(method.auxiliary.outputs)
-            if missing:
-                raise DeclarationError(f"fallback: expected a backbone with the outputs {sorted(missing)} as well")
+            for name, spec in backbone.outputs.items():
+                other = method.auxiliary.outputs.get(name)
+                if other is None or (other.irreps, other.cartesian, other.per) != (
+                    spec.irreps,
+                    spec.cartesian,
+                    spec.per,
+                ):
+                    raise DeclarationError(f"fallback: expected an output {name!r} ({spec}) as well, got {other}")
+        # A model that was loaded for evaluation stays in evaluation mode.
+        self.train(backbone.training)
 
     def forward(
         self,
@@ -115,6 +122,19 @@ class Symmetrizer(torch.nn.Module):
             If the backbone does not return what it declared, or something not finite.
         """
         conservative = forces or stress
+        if conservative and torch.is_inference_mode_enabled():
+            # Forces are derivatives, which inference mode (lightning's validation, for one) does not record.
+            with torch.inference_mode(False):
+                copied = {name: v.clone() if isinstance(v, Tensor) else v for name, v in batch}
+                return self.forward(
+                    replace(batch, **copied),
+                    forces=forces,
+                    stress=stress,
+                    energy=energy,
+                    spread=spread,
+                    create_graph=False,
+                    generator=generator,
+                )
         batch = self._checked(batch)
         if conservative:
             check_energy(self.backbone, energy)
@@ -161,6 +181,12 @@ class Symmetrizer(torch.nn.Module):
 
     def _checked(self, batch: Data) -> Data:
         batch = validate(batch)
+        devices = {p.device for p in self.backbone.parameters()} | {
+            batch[name].device for name in batch.keys() if isinstance(batch[name], Tensor)
+        }
+        if len(devices) > 1:
+            found = ", ".join(sorted(map(str, devices)))
+            raise InvalidInputError(f"batch: expected all fields on the device of the model, got {found}")
         expected = {p.dtype for p in self.backbone.parameters() if p.is_floating_point()}
         dtype = batch[keys.POS].dtype
         if expected and dtype not in expected:
@@ -174,6 +200,14 @@ class Symmetrizer(torch.nn.Module):
             if not isinstance(value, Tensor) or tuple(value.shape) != shape:
                 got = "none" if value is None else tuple(getattr(value, "shape", ()))
                 raise InvalidInputError(f"{name}: expected a field of shape {shape} ({irreps}), got {got}")
+            if value.dtype != dtype:
+                raise InvalidTypeError(f"{name}: expected the dtype of pos ({dtype}), got {value.dtype}")
+            bad = (~torch.isfinite(value.detach())).reshape(len(value), -1).any(dim=1).nonzero()
+            if len(bad):
+                raise InvalidInputError(
+                    f"{name}: expected finite values, got {value[bad[0, 0]].tolist()} at "
+                    f"{where(batch, int(bad[0, 0]), 'atom')}"
+                )
         return batch
 
     def _with_edges(self, batch: Data) -> Data:
@@ -191,9 +225,9 @@ class Symmetrizer(torch.nn.Module):
         degenerate = (frames.stratum == int(Stratum.AXIS)) | (frames.stratum == int(Stratum.POINT))
         if self.backbone.vectors and bool(degenerate.any()):
             raise NoFrameError(
-                f"ECSE: the environment of {self.scope} {int(frames.owner[degenerate][0])} is collinear (or nearly so) "
-                "or empty; the averages that cover it are exact only for backbones without vector inputs, got "
-                f"{sorted(self.backbone.vectors)}"
+                f"frames: the environment of {where(graph, int(frames.owner[degenerate][0]), self.scope)} is collinear "
+                "(or nearly so) or empty; the averages that cover it are exact only for backbones without vector "
+                f"inputs, got {sorted(self.backbone.vectors)}"
             )
         return frames
 
@@ -209,13 +243,13 @@ def check_energy(backbone: Backbone, energy: str) -> None:
         )
 
 
-def _resolve_scope(backbone: Backbone, scope: str | None) -> str:
+def _resolve_scope(backbone: Backbone, scope: str | None) -> Scope:
     per_structure = sorted(name for name, spec in backbone.outputs.items() if spec.per == "structure")
     if scope is None:
         local = backbone.receptive_field in (0, 1) and backbone.cutoff is not None
         return "atom" if local and not per_structure else "structure"
-    check_scope(scope)
-    if scope == "atom":
+    resolved = check_scope(scope)
+    if resolved == "atom":
         if per_structure:
             raise DeclarationError(f"scope='atom': expected per-atom outputs only, {per_structure} are per structure")
         if backbone.receptive_field is None:
@@ -224,7 +258,7 @@ def _resolve_scope(backbone: Backbone, scope: str | None) -> str:
             )
         if backbone.cutoff is None:
             raise DeclarationError("scope='atom': expected a backbone with a cutoff, got None")
-    return scope
+    return resolved
 
 
 def _make_differentiable(batch: Data, stress: bool) -> tuple[Data, list[Tensor]]:

@@ -1,4 +1,4 @@
-"""Forces and stress are the gradient of the energy, through frames and weights; Hessians are symmetric; no NaN anywhere."""
+"""Forces and stress are the gradient of the energy, through frames and weights; Hessians are symmetric; no NaN."""
 
 import pytest
 import torch

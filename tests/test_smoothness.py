@@ -5,7 +5,8 @@ import torch
 from symmetrize.backbones.toy import ToyGlobal, ToyLocal
 
 from symmetrize import ECSE, Identity, OutputSpec, Symmetrizer
-from symmetrize.testing import along, max_derivatives, measure_smoothness, paths
+from symmetrize.ops.rotations import random_rotations
+from symmetrize.testing import Path, along, max_derivatives, measure_smoothness, paths
 
 CUTOFF = 4.0
 OUTPUTS = {"energy": OutputSpec("0e", reduce="sum"), "dipole": OutputSpec("1o", reduce="sum")}
@@ -25,7 +26,7 @@ def whole(method, seed=0):
 
 def jumps(f, path, output):
     """Jumps of value, first and second derivative in units of the largest value of that derivative on the scan."""
-    found = measure_smoothness(along(f, path, output), events=path.events, n_points=65, n_candidates=1)
+    found = measure_smoothness(along(f, path, output), events=path.events, n_points=33, n_candidates=1)
     # The networks' outputs are of order 0.1 to 1; what symmetry makes constant is not judged by its rounding.
     sizes = (max(found.span, 0.01), max(found.max_first, 0.1), max(found.max_second, 1.0))
     return [jump.size / size for jump, size in zip(found.jumps, sizes, strict=True)], found
@@ -78,7 +79,19 @@ class HardCutoff(ECSE):
 def test_a_planted_jump_is_found(method, name, output):
     relative, found = jumps(local(method), PATHS[name], output)
     assert relative[0] > 1e-4, str(found)
-    assert abs(found.jumps[0].location - 0.5) < 0.02
+    if isinstance(method, HardCutoff):
+        assert abs(found.jumps[0].location - 0.5) < 1e-3
+
+
+def turned(path, g):
+    """The same path in another orientation."""
+
+    def build(t):
+        atoms = path(t)
+        atoms.positions = atoms.positions @ g.T
+        return atoms
+
+    return Path(path.name, build, path.events, path.what)
 
 
 @pytest.mark.parametrize("scope", ["atom", "structure"])
@@ -86,16 +99,15 @@ def test_a_planted_jump_is_found(method, name, output):
 def test_bending_stays_as_gentle_as_the_backbone(name, scope):
     """The second derivative of a scalar stays within 10 times the bare backbone's own.
 
-    For networks as anisotropic as the trained PETs are. A network whose output hardly changes along the path but a lot
-    under rotations has a larger ratio with any method: `benchmarks` reports it.
+    The bare backbone has no orientation of its own: it is given the path in several. `benchmarks` reports the ratio for
+    other networks and paths.
     """
+    orientations = random_rotations(6, torch.Generator().manual_seed(0)).numpy()
     ratios = []
-    for seed in range(3):
+    for seed in range(2):
         # Phases of up to 1.5 per angstrom.
         backbone = ToyLocal({"energy": OUTPUTS["energy"]}, cutoff=8.0, seed=seed)
-        curvature = [
-            max_derivatives(along(Symmetrizer(backbone, method, scope=scope), PATHS[name], "energy"), n_points=101)[1]
-            for method in (Identity(), ECSE())
-        ]
-        ratios.append(curvature[1] / curvature[0])
+        bare, ours = (Symmetrizer(backbone, method, scope=scope) for method in (Identity(), ECSE()))
+        own = max(max_derivatives(along(bare, turned(PATHS[name], g), "energy"), n_points=41)[1] for g in orientations)
+        ratios.append(max_derivatives(along(ours, PATHS[name], "energy"), n_points=81)[1] / own)
     assert max(ratios) < 10.0, ratios

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from ase import Atoms
@@ -10,7 +10,7 @@ from ase.calculators.calculator import Calculator, all_changes
 from ase.stress import full_3x3_to_voigt_6_stress
 
 from symmetrize.data import from_ase
-from symmetrize.errors import InvalidTypeError
+from symmetrize.errors import InvalidInputError, InvalidTypeError
 from symmetrize.symmetrizer import Symmetrizer, check_energy
 
 
@@ -32,7 +32,7 @@ class SymmetrizerCalculator(Calculator):
     evaluation mode if it behaves differently in training.
     """
 
-    implemented_properties: ClassVar[list[str]] = ["energy", "free_energy", "energies", "forces", "stress"]
+    implemented_properties = ["energy", "free_energy", "energies", "forces", "stress"]  # noqa: RUF012 (ASE's interface)
 
     def __init__(self, model: Symmetrizer, energy: str = "energy", **options: Any) -> None:
         super().__init__(**options)
@@ -54,6 +54,8 @@ class SymmetrizerCalculator(Calculator):
         super().calculate(atoms, properties or ["energy"], system_changes)
         wanted = set(properties or ["energy"])
         parameter = next((p for p in self.model.parameters() if p.is_floating_point()), torch.zeros(0).double())
+        if self.atoms is None:
+            raise InvalidInputError("calculate: expected a structure, got none")
         batch = from_ase(self.atoms, dtype=parameter.dtype).to(parameter.device)
         with torch.no_grad():
             out = self.model(

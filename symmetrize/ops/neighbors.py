@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -60,7 +61,7 @@ def neighbor_list(pos: Tensor, ptr: Tensor, cell: Tensor, pbc: Tensor, cutoff: f
     starts, boxes, periodic = ptr.tolist(), cell.detach().cpu(), pbc.cpu()
     neighbors, centers, shifts = [], [], []
     calculator = _calculator(float(cutoff))
-    for s, (first, last) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+    for s, (first, last) in enumerate(pairwise(starts)):
         if last == first:
             continue
         box = complete_cell(boxes[s], periodic[s])

@@ -141,7 +141,7 @@ def ring(n: int, bond: float = 1.4, symbol: str = "C") -> Atoms:
 
 
 def right_angle(distance: float, near: float = 1.0) -> Atoms:
-    """A center, a neighbor at ``near``, and a third atom at 90 degrees and ``distance`` (ecse.md, fault 1)."""
+    """A center, a neighbor at ``near``, and a third atom at 90 degrees and ``distance``."""
     return _atoms("CHO", [[0, 0, 0], [near, 0, 0], [0, distance, 0]])
 
 

@@ -57,7 +57,8 @@ class BackboneRecipe:
         Name of an adapter in ``symmetrize.backbones``, or ``"package.module:factory"`` where the factory is called
         with ``atomic_types`` and the hyperparameters.
     hyperparameters : dict
-        Passed to the adapter; ``atomic_types`` comes from the data where it is not given.
+        Passed to the adapter; ``atomic_types`` comes from the data where it is not given, and may hold more species
+        than the data does.
     """
 
     name: str
@@ -71,7 +72,7 @@ class LossRecipe:
     Attributes
     ----------
     energy, forces : float
-        Weights of the error of the energy per atom and of the force components.
+        Weights of the error of the energy per atom and of the force components; 0 leaves one of them out.
     kind : str
         "mse", "huber" (quadratic up to ``huber_delta``, linear beyond), "mae", or "norm" (length of the error vector
         of each atom, and the absolute error of the energy).
@@ -169,7 +170,9 @@ class Recipe:
     patience : int
         Stop after this many validations without a better force error; 0: never.
     trainer : dict
-        Passed to ``lightning.pytorch.Trainer``: ``accelerator``, ``devices``, ``num_nodes``, ``strategy``, ...
+        Passed to ``lightning.pytorch.Trainer``: ``accelerator``, ``devices``, ``num_nodes``, ``strategy``, ... The
+        accelerator is CUDA where there is any and the CPU otherwise, unless it is given; "mps" has no float64, which
+        reference energies need.
     """
 
     data: DataRecipe
@@ -227,6 +230,8 @@ class Recipe:
                 raise RecipeError(f"{name}: expected a number from 0 to below 1, got {value}")
         if self.loss.energy == self.loss.forces == 0:
             raise RecipeError("loss: expected a positive weight for the energy or the forces, got none")
+        if self.trainer.get("accelerator") == "mps":
+            raise RecipeError("trainer.accelerator: expected 'auto', 'cpu' or 'cuda', got 'mps', which has no float64")
         for name in self.trainer:
             if name in _RESERVED:
                 raise RecipeError(f"trainer.{name}: set by {_RESERVED[name]}, not here")

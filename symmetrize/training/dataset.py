@@ -103,7 +103,13 @@ class StructureTable:
         )
 
 
-def tabulate(structures: Sequence[Atoms], cutoff: float | None, energy_key: str, forces_key: str) -> StructureTable:
+def tabulate(
+    structures: Sequence[Atoms],
+    cutoff: float | None,
+    energy_key: str,
+    forces_key: str,
+    numbers: Sequence[int] | None = None,
+) -> StructureTable:
     """Structures and reference values as a `StructureTable`.
 
     Parameters
@@ -113,16 +119,17 @@ def tabulate(structures: Sequence[Atoms], cutoff: float | None, energy_key: str,
         Radius of the neighbor lists (angstrom); None: no edges.
     energy_key, forces_key : str
         Names of the reference values, looked up in ``info`` and ``arrays`` and then in the attached calculator.
+    numbers : sequence of int, optional
+        What messages call the structures; by default, their positions in the sequence.
 
     Raises
     ------
     InvalidInputError
         A reference value is missing, has the wrong shape or is not finite.
     """
-    energy = torch.tensor(
-        [float(_reference(atoms, energy_key, n, ())) for n, atoms in enumerate(structures)], dtype=torch.float64
-    )
-    forces = np.concatenate([_reference(atoms, forces_key, n, (len(atoms), 3)) for n, atoms in enumerate(structures)])
+    named = list(zip(range(len(structures)) if numbers is None else numbers, structures, strict=True))
+    energy = torch.tensor([float(_reference(atoms, energy_key, n, ())) for n, atoms in named], dtype=torch.float64)
+    forces = np.concatenate([_reference(atoms, forces_key, n, (len(atoms), 3)) for n, atoms in named])
     batch = from_ase(structures, cutoff=cutoff)
     n_structures = len(structures)
     if cutoff is None:
@@ -177,6 +184,36 @@ def split(n_structures: int, recipe: DataRecipe) -> Split:
     order = torch.randperm(n_structures, generator=torch.Generator().manual_seed(recipe.split_seed))
     first = recipe.test + recipe.validation
     return Split(order[first : first + recipe.train], order[recipe.test : first], order[: recipe.test])
+
+
+def gather(
+    structures: Sequence[Atoms], cutoff: float | None, recipe: DataRecipe
+) -> tuple[StructureTable, Split, Tensor]:
+    """Split structures and tabulate those that are in a part of the split; the others are left alone.
+
+    Parameters
+    ----------
+    structures : sequence of ase.Atoms
+        All structures of the recipe's file.
+    cutoff : float or None
+        See `tabulate`.
+    recipe : DataRecipe
+
+    Returns
+    -------
+    table : StructureTable
+        In the order of the file.
+    parts : Split
+        Rows of the table.
+    numbers : Tensor of shape (n_rows,), int64
+        Place in the file of each row.
+    """
+    parts = split(len(structures), recipe)
+    numbers = torch.cat([parts.train, parts.validation, parts.test]).sort().values
+    kept = numbers.tolist()
+    table = tabulate([structures[n] for n in kept], cutoff, recipe.energy_key, recipe.forces_key, kept)
+    rows = (torch.searchsorted(numbers, part) for part in (parts.train, parts.validation, parts.test))
+    return table, Split(*rows), numbers
 
 
 def fingerprint(path: str | Path) -> str:

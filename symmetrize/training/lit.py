@@ -69,10 +69,10 @@ class TrainingModule(pl.LightningModule):
             batch = augment(batch, generator_for(*key))
         energy, forces = energy_and_forces(self.backbone, batch, create_graph=True)
         n_atoms = batch[keys.PTR].diff()
-        loss = energy.new_zeros(())
-        if recipe.loss.energy > 0:
-            error = (energy - batch[TARGET_ENERGY]) / (n_atoms * self.scale)
-            loss = loss + recipe.loss.energy * loss_of(error[:, None], recipe.loss)
+        # Even with weight 0: forces do not depend on the last biases, and every parameter needs a gradient, of zero if
+        # need be, where several devices wait for each other's.
+        error = (energy - batch[TARGET_ENERGY]) / (n_atoms * self.scale)
+        loss = recipe.loss.energy * loss_of(error[:, None], recipe.loss)
         if recipe.loss.forces > 0:
             loss = loss + recipe.loss.forces * loss_of((forces - batch[TARGET_FORCES]) / self.scale, recipe.loss)
         size = int(n_atoms.shape[0])
@@ -159,6 +159,14 @@ class EpochOrder(Sampler[int]):
         return -(-self.n_structures // self.n_ranks)
 
 
+def validation_share(structures: list[int], rank: int, n_ranks: int) -> list[int]:
+    """Structures that one of several devices validates on: no list is empty, or the other devices wait forever.
+
+    Every structure counts once, unless there are fewer structures than devices.
+    """
+    return structures[rank % len(structures) :: n_ranks]
+
+
 class TableDataModule(pl.LightningDataModule):
     """Batches gathered from a `StructureTable`.
 
@@ -187,8 +195,7 @@ class TableDataModule(pl.LightningDataModule):
         return DataLoader(structures, self.recipe.batch_size, sampler=order, collate_fn=self._collate)  # type: ignore[arg-type]
 
     def val_dataloader(self) -> DataLoader[Any]:
-        rank, n_ranks = self._ranks()
-        structures = self.parts.validation.tolist()[rank::n_ranks]
+        structures = validation_share(self.parts.validation.tolist(), *self._ranks())
         return DataLoader(structures, max(50, self.recipe.batch_size), collate_fn=self._collate)  # type: ignore[arg-type]
 
 

@@ -31,6 +31,9 @@ class Savable(Protocol):
 def build_backbone(recipe: BackboneRecipe, atomic_types: tuple[int, ...], seed: int) -> Backbone:
     """Untrained backbone with seeded weights.
 
+    "pet" is the one short name: its module is imported when it is asked for, since adapters live outside the core.
+    Everything else is named as ``"package.module:factory"`` and needs no entry here.
+
     Parameters
     ----------
     recipe : BackboneRecipe
@@ -85,21 +88,24 @@ def set_energy_reference(backbone: Backbone, composition: torch.Tensor, scale: f
     Raises
     ------
     RecipeError
-        The backbone has no buffers ``composition`` and ``scale``.
+        The backbone has no buffers ``composition`` and ``scale``, or not one entry per species.
     """
     buffers = dict(backbone.named_buffers())
     for name, value in {"composition": composition, "scale": torch.tensor(scale)}.items():
         if name not in buffers:
             raise RecipeError(f"backbone: {type(backbone).__name__} has no buffer {name!r}, which training sets")
+        if buffers[name].numel() != value.numel():
+            raise RecipeError(
+                f"backbone: {type(backbone).__name__}: buffer {name!r}: expected {value.numel()} entries, "
+                f"got {buffers[name].numel()}"
+            )
         with torch.no_grad():
             buffers[name].copy_(value.reshape(buffers[name].shape))
 
 
 def save_backbone(backbone: Backbone, stem: Path, metadata: dict[str, Any]) -> None:
     """Write ``stem.safetensors`` and ``stem.json``; neither name ever stands for half a file."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=stem.parent, prefix=".saving-") as folder:
-        inner = Path(folder) / stem.name
+    with replacing(stem, ".safetensors", ".json") as inner:
         if isinstance(backbone, Savable):
             backbone.metadata = metadata
             backbone.save(inner)
@@ -110,15 +116,17 @@ def save_backbone(backbone: Backbone, stem: Path, metadata: dict[str, Any]) -> N
                 {name: value.contiguous() for name, value in backbone.state_dict().items()}, f"{inner}.safetensors"
             )
             Path(f"{inner}.json").write_text(json.dumps({"metadata": metadata}, indent=2), encoding="utf-8")
-        for suffix in (".safetensors", ".json"):
-            os.replace(f"{inner}{suffix}", f"{stem}{suffix}")
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside ``path`` that becomes it when the block ends without an error."""
+def replacing(path: Path, *suffixes: str) -> Iterator[Path]:
+    """A temporary name beside ``path`` that becomes it when the block ends without an error.
+
+    With ``suffixes``, both names are stems, and so it goes for the file of each suffix.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saving-") as folder:
         inner = Path(folder) / path.name
         yield inner
-        os.replace(inner, path)
+        for suffix in suffixes or ("",):
+            os.replace(f"{inner}{suffix}", f"{path}{suffix}")

@@ -1,4 +1,10 @@
-"""Muon: momentum orthogonalised by a Newton-Schulz iteration, for matrices; AdamW for everything else."""
+"""Muon: momentum orthogonalised by a Newton-Schulz iteration, for matrices; AdamW for everything else.
+
+Not ``torch.optim.Muon`` (torch 2.9), although momentum, coefficients and, with ``match_rms_adamw``, the scale of a step
+are the same: it iterates in bfloat16, so its steps differ by one percent or so from those in the precision of the
+parameters, which the shipped weights were trained with; it steps matrix by matrix, where here those of one shape are
+stacked; and it takes matrices only, where Lightning's automatic optimisation wants one optimizer for all parameters.
+"""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import inspect
 import json
 import logging
 import platform
@@ -12,6 +13,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +23,7 @@ from symmetrize.backbone import Backbone
 from symmetrize.errors import InvalidInputError, MissingDependencyError
 from symmetrize.training.composition import baseline_of, count_species, energy_scale, fit_composition
 from symmetrize.training.config import Recipe, RecipeError, load_recipe
-from symmetrize.training.dataset import fingerprint, read_structures, split, tabulate
+from symmetrize.training.dataset import fingerprint, gather, read_structures
 from symmetrize.training.gradients import Errors, evaluate
 from symmetrize.training.models import build_backbone, replacing, save_backbone, set_energy_reference
 
@@ -108,17 +110,17 @@ def train(
     from symmetrize.training.lit import DTYPES, TableDataModule, TrainingModule
 
     structures = read_structures(settings.data)
-    atomic_types = tuple(sorted({int(z) for atoms in structures for z in atoms.numbers}))
+    present = tuple(sorted({int(z) for atoms in structures for z in atoms.numbers}))
     dtype = DTYPES[settings.dtype]
-    backbone = build_backbone(settings.backbone, atomic_types, settings.seed).to(dtype)
-    table = tabulate(structures, backbone.cutoff, settings.data.energy_key, settings.data.forces_key)
-    parts = split(len(table), settings.data)
+    backbone = build_backbone(settings.backbone, present, settings.seed).to(dtype)
+    atomic_types = _species(settings, present)
+    table, parts, numbers = gather(structures, backbone.cutoff, settings.data)
     counts = count_species(table.batch["z"], table.batch["batch"], len(table), atomic_types)
     composition = fit_composition(counts[parts.train], table.energy[parts.train])
     baseline = baseline_of(table, composition, atomic_types)
     training_atoms = torch.isin(table.batch["batch"], parts.train)
     scale = energy_scale(table.forces[training_atoms], (table.energy - baseline)[parts.train])
-    set_energy_reference(backbone, _for_types(composition, atomic_types, backbone), scale)
+    set_energy_reference(backbone, composition, scale)
 
     data_hash = fingerprint(settings.data.path)
     _claim(folder, settings, data_hash, resume)
@@ -151,8 +153,11 @@ def train(
         "n_parameters": n_parameters,
         "energy_scale": scale,
         "composition": dict(zip(map(str, atomic_types), composition.tolist(), strict=True)),
-        "test_structures": parts.test.tolist(),
-        "torch": torch.__version__,
+        "test_structures": numbers[parts.test].tolist(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch-symmetrize", "torch", "lightning", "numpy")},
+        },
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -184,9 +189,9 @@ def _claim(folder: Path, recipe: Recipe, data_hash: str, resume: bool) -> None:
     """Make sure that a folder is new or holds a run of the same recipe and data."""
     settings = recipe.to_dict()
     # Where the file lies, and on which hardware, does not make it another run.
-    for place in (settings["data"].pop, settings.pop):
-        for name in ("path", "source", "trainer"):
-            place(name, None)
+    settings["data"].pop("path")
+    settings["data"].pop("source")
+    settings.pop("trainer")
     content = json.loads(json.dumps({"recipe": settings, "data_sha256": data_hash}))
     path = folder / RECIPE
     if not resume:
@@ -223,15 +228,23 @@ def _flatten(content: Any, prefix: str = "") -> dict[str, Any]:
     return {k: v for name, inner in content.items() for k, v in _flatten(inner, f"{prefix}{name}.").items()}
 
 
-def _for_types(composition: torch.Tensor, atomic_types: tuple[int, ...], backbone: Backbone) -> torch.Tensor:
-    """Composition energies in the order of the backbone's own species."""
-    declared = dict(backbone.named_buffers()).get("composition", composition)
-    if declared.shape == composition.shape:
-        return composition
-    raise InvalidInputError(
-        f"backbone.hyperparameters.atomic_types: expected the species of the data, {list(atomic_types)}, "
-        f"got {declared.shape[0]} of them"
-    )
+def _species(recipe: Recipe, present: tuple[int, ...]) -> tuple[int, ...]:
+    """Species of the backbone, in its order; those that the data lacks get the mean composition energy."""
+    declared = tuple(recipe.backbone.hyperparameters.get("atomic_types", present))
+    missing = [z for z in present if z not in declared]
+    if missing:
+        raise InvalidInputError(
+            f"backbone.hyperparameters.atomic_types: expected all species of the data, {list(present)}, "
+            f"got {list(declared)} without {missing}"
+        )
+    return declared
+
+
+def _accelerator(name: Any) -> Any:
+    """What Lightning is asked for: never Apple's MPS, which lacks the float64 of the reference energies."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return "cuda" if name == "gpu" else name
 
 
 def _fit(
@@ -256,7 +269,8 @@ def _fit(
         callbacks.append(EarlyStopping(MONITOR, patience=recipe.patience, check_on_train_epoch_end=False))
     if progress:
         callbacks.append(progress_callback())
-    options = {"accelerator": "auto", "devices": "auto", "log_every_n_steps": 1, **recipe.trainer}
+    options = {"devices": "auto", "log_every_n_steps": 1, **recipe.trainer}
+    options["accelerator"] = _accelerator(options.get("accelerator", "auto"))
     with _quiet():
         trainer = pl.Trainer(
             max_epochs=recipe.epochs,
@@ -274,7 +288,9 @@ def _fit(
             **options,
         )
         last = checkpoints / "last.ckpt"
-        trainer.fit(module, datamodule=data, ckpt_path=last if last.is_file() else None)
+        # Lightning has this argument since 2.6; older ones unpickle whatever the checkpoint holds.
+        restricted = {"weights_only": True} if "weights_only" in inspect.signature(trainer.fit).parameters else {}
+        trainer.fit(module, datamodule=data, ckpt_path=last if last.is_file() else None, **restricted)
     if trainer.interrupted:
         raise KeyboardInterrupt
     return int(trainer.current_epoch), stopwatch.seconds

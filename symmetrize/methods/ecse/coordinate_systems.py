@@ -40,9 +40,9 @@ def pair_frames(axis: Tensor, partner: Tensor) -> Tensor:
     # The part of the partner orthogonal to the axis, twice: of two nearly parallel vectors a single projection
     # leaves rounding along the axis that is not small relative to what remains.
     across = partner - (partner * axis).sum(dim=1, keepdim=True) * axis
-    across = across / across.norm(dim=1, keepdim=True)
+    across = across / torch.linalg.vector_norm(across, dim=1, keepdim=True)
     across = across - (across * axis).sum(dim=1, keepdim=True) * axis
-    across = across / across.norm(dim=1, keepdim=True)
+    across = across / torch.linalg.vector_norm(across, dim=1, keepdim=True)
     normal = torch.linalg.cross(axis, across)
     return torch.stack([axis, normal, torch.linalg.cross(axis, normal)], dim=2)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -10,16 +11,16 @@ from torch_geometric.data import Data
 
 from symmetrize import keys
 from symmetrize.backbone import Backbone
+from symmetrize.data import where
 from symmetrize.errors import DeclarationError, InvalidInputError, NoFrameError
 from symmetrize.frames import NEGLIGIBLE_WEIGHT, FrameMethod, FrameSet, Scope, Stratum
 from symmetrize.methods.ecse.strata import stratify
 from symmetrize.ops.ragged import offsets, segment_sum
 from symmetrize.ops.switches import smooth_cutoff, smooth_step
 
-#: Structure scope: an atom nearer to the centroid than this times the RMS distance offers no direction, and offers one
-#: fully from CENTRAL + CENTRAL_WIDTH on. Both stay well below 1, the ratio that some atom always reaches.
-CENTRAL = 0.2
-CENTRAL_WIDTH = 0.15
+#: Structure scope: an atom offers a direction fully from this distance to the centroid on, in units of the RMS
+#: distance. Well below 1, the ratio that some atom always reaches.
+CENTRAL = 0.35
 
 
 class ECSE(FrameMethod):
@@ -42,9 +43,9 @@ class ECSE(FrameMethod):
         which a neighbor is switched off at the cutoff. Smaller: fewer evaluations and steeper weights (first derivative
         up to 2 / D per competitor).
     collinearity_width : float
-        D_W, the width in sin^2 of the angle between two directions over which the frames of a pair are switched on;
-        they start at a third of it. Smaller: fewer axial averages on bent environments, steeper vectors and tensors
-        near collinearity.
+        sin^2 of the angle between two directions from which on their coordinate system counts fully (0.2: 27
+        degrees); it is switched on from collinearity to there, as a function of the sine. Smaller: fewer axial
+        averages on bent environments, steeper outputs near collinearity.
     fallback : {"axial", "error"} or Backbone
         What covers environments without a full coordinate system: the strata above; an error; or an auxiliary model
         that is equivariant by construction and gives the same outputs, as in the paper.
@@ -56,22 +57,22 @@ class ECSE(FrameMethod):
 
     Notes
     -----
-    Widths of the paper: ``cutoff_width=0.15, collinearity_width=0.15``.
+    The defaults are the widths of the paper: D_R = 0.15 angstrom, W = 0.2.
     """
 
     def __init__(
         self,
         cutoff_width: float = 0.15,
-        collinearity_width: float = 0.15,
+        collinearity_width: float = 0.2,
         fallback: Literal["axial", "error"] | Backbone = "axial",
     ) -> None:
         super().__init__(auxiliary=fallback if isinstance(fallback, Backbone) else None)
         for name, value in {"cutoff_width": cutoff_width, "collinearity_width": collinearity_width}.items():
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value < float("inf"):
                 raise DeclarationError(f"ECSE: {name}: expected a positive number, got {value!r}")
-        if not collinearity_width <= 0.75:
+        if not collinearity_width < 1.0:
             raise DeclarationError(
-                f"ECSE: collinearity_width: expected at most 0.75 (sin^2 cannot exceed 1), got {collinearity_width}"
+                f"ECSE: collinearity_width: expected less than 1 (sin^2 cannot exceed it), got {collinearity_width}"
             )
         if not isinstance(fallback, Backbone) and fallback not in ("axial", "error"):
             raise DeclarationError(f"ECSE: fallback: expected 'axial', 'error' or a Backbone, got {fallback!r}")
@@ -103,8 +104,7 @@ class ECSE(FrameMethod):
             reach,
             ptr,
             width=self.cutoff_width,
-            z_min=self.collinearity_width / 3.0,
-            z_width=self.collinearity_width,
+            sine_width=math.sqrt(self.collinearity_width),
             order=order,
             mirror=group == "O(3)",
             collinear=(32.0 * precision) ** 2,
@@ -135,7 +135,9 @@ class ECSE(FrameMethod):
         if vectors is None or radius is None:
             raise InvalidInputError("ECSE: atom scope needs a neighbor list, expected edge_vec and edge_cutoff")
         pos = batch[keys.POS]
-        center = batch[keys.EDGE_INDEX][1]
+        center, mask = batch[keys.EDGE_INDEX][1], batch.get(keys.CENTER_MASK)
+        if mask is not None:  # no work for atoms whose frames nobody wants
+            center, vectors = center[mask[center]], vectors[mask[center]]
         ptr = offsets(torch.bincount(center, minlength=pos.shape[0]))
         vectors = vectors.to(torch.float64)
         distance = torch.sqrt((vectors * vectors).sum(dim=1))
@@ -162,7 +164,7 @@ class ECSE(FrameMethod):
         ratio = square / torch.where(mean > 0.0, mean, torch.ones_like(mean))[structure]
         zero = ratio == 0.0
         ratio = torch.where(zero, torch.zeros_like(ratio), torch.sqrt(torch.where(zero, torch.ones_like(ratio), ratio)))
-        available = smooth_step((ratio - CENTRAL) / CENTRAL_WIDTH)
+        available = smooth_step(ratio / CENTRAL)
         return centroid.to(pos.dtype), vectors, ptr, available, torch.ones_like(available)
 
     @staticmethod
@@ -170,19 +172,16 @@ class ECSE(FrameMethod):
         bad = (stratum != int(Stratum.FRAME)).nonzero()
         if not len(bad):
             return
-        first = int(owner[bad[0, 0]])
         kind = "collinear (or nearly so)" if int(stratum[bad[0, 0]]) == int(Stratum.AXIS) else "empty"
-        where = f"structure {first}"
-        if scope == "atom":
-            structure = int(batch[keys.BATCH][first])
-            where = f"structure {structure}, atom {first - int(batch[keys.PTR][structure])}"
         raise NoFrameError(
-            f"ECSE(fallback='error'): expected a full coordinate system everywhere, the environment of {where} is "
+            f"ECSE(fallback='error'): expected a full coordinate system everywhere, the environment of "
+            f"{where(batch, int(owner[bad[0, 0]]), scope)} is "
             f"{kind}; fallback='axial' covers it exactly"
         )
 
     def extra_repr(self) -> str:
-        return f"cutoff_width={self.cutoff_width}, collinearity_width={self.collinearity_width}, fallback={self.fallback!r}"
+        widths = f"cutoff_width={self.cutoff_width}, collinearity_width={self.collinearity_width}"
+        return f"{widths}, fallback={self.fallback!r}"
 
 
 def _hand_over(

@@ -8,9 +8,9 @@ over partners k:
     frame (j, k): w1_j w2_jk        axis j: w1_j b_j        point: B.
 
 The axis stratum is the n-fold average about the axis over frames attached to all partners, with weights
-omega_jk ~ (g_k h_jk^2)^(n/2), h_jk the distance of the partner from the axis. A backbone's dependence on the angle about
-the axis is a Fourier series whose m-th term is O(h^m); the average removes every m that n does not divide. On an exactly
-collinear cloud, where no partner defines an angle, any frame with that axis gives the same average.
+omega_jk ~ (g_k h_jk^2)^(n/2), h_jk the distance of the partner from the axis. A backbone's dependence on the angle
+about the axis is a Fourier series whose m-th term is O(h^m); the average removes every m that n does not divide. On an
+exactly collinear cloud, where no partner defines an angle, any frame with that axis gives the same average.
 
 Pure tensor code, differentiable any number of times, without loops over centers, neighbors or frames.
 """
@@ -26,10 +26,6 @@ from symmetrize.ops.ragged import gather_rows, segment_max, segment_sum
 from symmetrize.ops.rotations import cyclic_group
 from symmetrize.ops.switches import smooth_step
 
-FRAME = 0
-AXIS = 1
-POINT = 2
-
 
 def stratify(
     vectors: Tensor,
@@ -37,13 +33,15 @@ def stratify(
     reach: Tensor,
     ptr: Tensor,
     width: float,
-    z_min: float,
-    z_width: float,
+    sine_width: float,
     order: int,
     mirror: bool,
     collinear: float,
     rigid_below: float,
     threshold: float,
+    frame: int = 0,
+    axial: int = 1,
+    point: int = 2,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Frames and weights of every owner from the candidates around it.
 
@@ -59,8 +57,8 @@ def stratify(
         Offsets of the owners' candidates.
     width : float
         D, the width over which candidates of similar distance share their weight.
-    z_min, z_width : float
-        A partner counts from sin^2 = z_min on, and fully from z_min + z_width on.
+    sine_width : float
+        A partner counts fully from this sine of its angle with the axis on, and not at all on the axis.
     order : int
         n of the n-fold average, even.
     mirror : bool
@@ -71,6 +69,8 @@ def stratify(
         sin^2 below which, for all partners of an axis, the angle about it is held constant in derivatives.
     threshold : float
         Weights below it are switched off.
+    frame, axial, point : int
+        Numbers of the strata.
 
     Returns
     -------
@@ -84,7 +84,7 @@ def stratify(
     units, lengths = unit_vectors(vectors)
 
     # First level: primary axes.
-    axis = contenders(available, lengths, owner_of, n_owners, width).nonzero()[:, 0]
+    axis = contenders(available.detach(), lengths.detach(), owner_of, n_owners, width).nonzero()[:, 0]
     axis_owner = owner_of[axis]
     axis_weight, point_weight = stick_breaking(available[axis], lengths[axis], axis_owner, n_owners, width)
 
@@ -96,10 +96,10 @@ def stratify(
     distinct = partner != axis[row]
     partner, row = partner[distinct], row[distinct]
     with torch.no_grad():
-        offered = available[partner] * _angular_switch(units[axis[row]], units[partner], z_min, z_width)
+        offered = available[partner] * _off_axis(units[axis[row]], units[partner], sine_width)
         contending = contenders(offered, lengths[partner], row, n_axes, width).nonzero()[:, 0]
     k, j = partner[contending], row[contending]
-    offered = available[k] * _angular_switch(units[axis[j]], units[k], z_min, z_width)
+    offered = available[k] * _off_axis(units[axis[j]], units[k], sine_width)
     pair_weight, on_axis = stick_breaking(offered, lengths[k], j, n_axes, width)
     pair_weight = axis_weight[j] * pair_weight
     on_axis = axis_weight * on_axis
@@ -146,32 +146,35 @@ def stratify(
     line_weight = torch.cat([attached_weight[keep], free_weight])
     line_owner = torch.cat([axis_owner[row[keep]], axis_owner[free]])
     turned = line[:, None] @ cyclic_group(order, line.device)
-    point = (point_weight > 0.0).nonzero()[:, 0]
+    lonely = (point_weight > 0.0).nonzero()[:, 0]
 
     rotations = torch.cat([pair, turned.reshape(-1, 3, 3)])
     weights = torch.cat([pair_weight, (line_weight / order).repeat_interleave(order)])
     owner = torch.cat([pair_owner, line_owner.repeat_interleave(order)])
-    stratum = torch.full_like(owner, AXIS)
-    stratum[: pair_owner.shape[0]] = FRAME
+    stratum = torch.full_like(owner, axial)
+    stratum[: pair_owner.shape[0]] = frame
     if mirror:
         rotations = with_mirrors(rotations).reshape(-1, 3, 3)
         weights = torch.cat([weights, weights]) / 2.0
         owner = torch.cat([owner, owner])
         stratum = torch.cat([stratum, stratum])
-    identity = torch.eye(3, dtype=vectors.dtype, device=vectors.device).expand(point.shape[0], 3, 3)
+    identity = torch.eye(3, dtype=vectors.dtype, device=vectors.device).expand(lonely.shape[0], 3, 3)
     return (
         torch.cat([rotations, identity]),
-        torch.cat([weights, point_weight[point]]),
-        torch.cat([owner, point]),
-        torch.cat([stratum, torch.full_like(point, POINT)]),
+        torch.cat([weights, point_weight[lonely]]),
+        torch.cat([owner, lonely]),
+        torch.cat([stratum, torch.full_like(lonely, point)]),
     )
 
 
-def _sin_squared(first: Tensor, second: Tensor) -> Tensor:
-    normal = torch.linalg.cross(first, second)
-    return (normal * normal).sum(dim=1)
+def _off_axis(axis: Tensor, partner: Tensor, width: float) -> Tensor:
+    """Smooth switch in the sine of the angle: 0 for directions on one line, 1 well off it.
 
-
-def _angular_switch(first: Tensor, second: Tensor, z_min: float, z_width: float) -> Tensor:
-    """q0(sin^2 | z_min, z_width): 0 for directions on one line, 1 well off it."""
-    return smooth_step((_sin_squared(first, second) - z_min) / z_width)
+    In the sine, and from 0 on, the switch is as slow as it can be for the range of angles that it covers. At 0, where
+    the sine has a cone, the switch is flat to all orders.
+    """
+    normal = torch.linalg.cross(axis, partner)
+    square = (normal * normal).sum(dim=1)
+    flat = square < 1e-6 * width * width
+    sine = torch.sqrt(torch.where(flat, torch.ones_like(square), square))
+    return smooth_step(torch.where(flat, torch.zeros_like(sine), sine) / width)

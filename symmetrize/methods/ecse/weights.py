@@ -5,7 +5,8 @@ For candidates with availability a_j in [0, 1] and ordering key d_j (a distance)
     w_j = a_j prod_{l != j} [1 - a_l step((d_j - d_l) / D)],        rest = prod_j (1 - a_j).
 
 Ordered by key the products telescope, so that sum_j w_j + rest >= 1: the weights never need a threshold to be
-normalized. They depend on invariants only and are infinitely differentiable. Steepness: |dw/dd| <= 2 / D per competitor.
+normalized. They depend on invariants only and are infinitely differentiable. Steepness: |dw/dd| <= 2 / D for every
+competitor.
 """
 
 from __future__ import annotations

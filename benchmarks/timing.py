@@ -1,0 +1,68 @@
+"""Seconds of several functions, measured in turns: what slows the machine down for a while slows all of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from statistics import median
+
+import torch
+from torch import Tensor
+from torch_geometric.data import Batch
+
+from symmetrize import keys
+from symmetrize.backbone import Backbone
+from symmetrize.data import replace, validate, with_neighbors
+
+
+class Times:
+    """Seconds of each function in each round."""
+
+    def __init__(self, rounds: list[dict[str, float]]) -> None:
+        self.rounds = rounds
+
+    def seconds(self, name: str) -> float:
+        """Median over rounds."""
+        return median(r[name] for r in self.rounds)
+
+    def ratio(self, over: str, under: str) -> float:
+        """Median over rounds of the ratio inside a round."""
+        return median(r[over] / r[under] for r in self.rounds)
+
+
+def in_turns(functions: Mapping[str, Callable[[], object]], n_rounds: int, device: torch.device) -> Times:
+    """Time all functions ``n_rounds`` times, after one call of each that does not count."""
+    rounds = []
+    for n in range(n_rounds + 1):
+        seconds = {}
+        for name, function in functions.items():
+            _wait(device)
+            start = time.perf_counter()
+            function()
+            _wait(device)
+            seconds[name] = time.perf_counter() - start
+        if n:
+            rounds.append(seconds)
+    return Times(rounds)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def bare_energy(backbone: Backbone, batch: Batch) -> Tensor:
+    """Neighbor list and one forward pass, without this package in between."""
+    with torch.no_grad():
+        return backbone(_graph(backbone, validate(batch)))["energy"].sum()
+
+
+def bare_forces(backbone: Backbone, batch: Batch) -> Tensor:
+    """Neighbor list, energy, and forces by one backward pass."""
+    pos = batch[keys.POS].detach().requires_grad_()
+    energy = backbone(_graph(backbone, replace(validate(batch), pos=pos)))["energy"].sum()
+    return -torch.autograd.grad(energy, pos)[0]
+
+
+def _graph(backbone: Backbone, batch: Batch) -> Batch:
+    return batch if backbone.cutoff is None else with_neighbors(batch, backbone.cutoff)
