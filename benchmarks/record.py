@@ -16,7 +16,7 @@ import torch
 from ase import Atoms
 from tqdm import tqdm
 
-from symmetrize.report.files import write_text
+from symmetrize.files import write_text
 from symmetrize.report.tables import number
 
 SCHEMA = "torch-symmetrize benchmarks"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,7 @@ def run(setting: Setting) -> Result:
     notes = ["One structure, one-block PET (float32), O(3), atom scope. Local exponent: from the size before."]
     for name, _, _ in series:
         own = [r for r in records if r["system"] == name]
-        for before, record in zip(own, own[1:], strict=False):
+        for before, record in pairwise(own):
             record["exponent"] = _exponent([before, record], "seconds")
         overall, bare = _exponent(own, "seconds"), _exponent(own, "seconds_bare")
         notes.append(f"{name}: time ~ atoms^{overall:.2f} over the whole series (bare: ^{bare:.2f}).")

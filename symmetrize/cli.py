@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from symmetrize import __version__
-from symmetrize.errors import MissingDependencyError, SymmetrizeError
+from symmetrize.errors import SymmetrizeError
 
 
 def _friendly(command: Callable[..., None]) -> Callable[..., None]:
@@ -28,7 +28,7 @@ def _friendly(command: Callable[..., None]) -> Callable[..., None]:
             raise click.ClickException(
                 f"this command needs {error.name}: pip install 'torch-symmetrize[{extra}]'"
             ) from error
-        except (SymmetrizeError, MissingDependencyError) as error:
+        except SymmetrizeError as error:
             raise click.ClickException(str(error)) from error
 
     return wrapper
@@ -43,7 +43,7 @@ def main() -> None:
 @main.command()
 @click.option("--output", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True, help="Folder.")
 @click.option("--structures", type=click.Path(exists=True, path_type=Path), help="Other ethanol structures (extxyz).")
-@click.option("--n-structures", type=click.IntRange(min=1), default=100, show_default=True)
+@click.option("--n-structures", type=click.IntRange(min=2), default=100, show_default=True)
 @click.option("--n-elements", type=click.IntRange(min=1), default=16, show_default=True, help="Group elements each.")
 @click.option("--n-steps", type=click.IntRange(min=2), help="Steps of molecular dynamics.")
 @click.option("--dtype", type=click.Choice(["float64", "float32"]), default="float64", show_default=True)
@@ -53,10 +53,13 @@ def main() -> None:
 def demo(output: Path, structures: Path | None, quiet: bool, **options: Any) -> None:
     """A trained PET before and after symmetrisation: table, short dynamics, HTML report."""
     from symmetrize.demo import run_demo
+    from symmetrize.demo.table import as_text
 
     if options["n_steps"] is None:
         del options["n_steps"]
-    run_demo(output, structures=structures, progress=not quiet, **options)
+    result = run_demo(output, structures=structures, progress=not quiet, **options)
+    if quiet:
+        click.echo(f"{as_text(result)}\n\nreport: {result.report}")
 
 
 @main.command()
@@ -92,6 +95,7 @@ def train(config: Path, output: Path | None, data: Path | None, epochs: int | No
 @click.option("--stress", is_flag=True, help="Also the stress (periodic structures).")
 @click.option("--spread", is_flag=True, help="Also the spread of the energy over the frames.")
 @click.option("--dtype", type=click.Choice(["float64", "float32"]), default="float64", show_default=True)
+@click.option("--device", default="cpu", show_default=True, help="Such as cuda.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Structures at a time.")
 @click.option("--output", type=click.Path(path_type=Path), help="Write structures with predictions (extxyz).")
 @click.option("--explain", is_flag=True, help="Print what it would take, and stop.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,10 +16,11 @@ from tqdm import tqdm
 
 from symmetrize.data import from_ase
 from symmetrize.errors import InvalidInputError
+from symmetrize.files import replacing
 from symmetrize.methods.ecse import ECSE
 from symmetrize.methods.identity import Identity
 from symmetrize.registry import load_backbone
-from symmetrize.symmetrizer import Symmetrizer
+from symmetrize.symmetrizer import Symmetrizer, check_energy
 
 
 def evaluate_file(
@@ -36,6 +36,7 @@ def evaluate_file(
     batch_size: int = 32,
     output: str | Path | None = None,
     explain: bool = False,
+    device: str = "cpu",
     echo: Callable[[str], None] = print,
 ) -> list[Atoms]:
     """Evaluate all structures of a file and report errors against its references.
@@ -52,6 +53,8 @@ def evaluate_file(
         Where to write the structures with the predictions attached (extxyz).
     explain : bool
         Only print the plan of the first batch.
+    device : str
+        Where to evaluate, such as ``"cuda"``.
 
     Returns
     -------
@@ -66,17 +69,18 @@ def evaluate_file(
     if not frames:
         raise InvalidInputError(f"{structures}: expected at least one structure, got none")
     name, _, argument = backbone.partition(":")
-    net = load_backbone(name, *([argument] if argument else [])).to(getattr(torch, dtype)).eval()
+    precision = getattr(torch, dtype)
+    net = load_backbone(name, *([argument] if argument else [])).to(device=device, dtype=precision).eval()
+    check_energy(net, "energy")
     method = Identity() if group == "none" else ECSE()
     model = Symmetrizer(net, method, group="O(3)" if group == "none" else group, scope=scope)
-    precision = getattr(torch, dtype)
     if explain:
-        echo(str(model.explain(from_ase(frames[:batch_size], dtype=precision))))
+        echo(str(model.explain(from_ase(frames[:batch_size], dtype=precision).to(device))))
         return []
     predicted, seconds = [], 0.0
     for start in tqdm(range(0, len(frames), batch_size), unit="batch", disable=None, leave=False):
         part = frames[start : start + batch_size]
-        batch = from_ase(part, dtype=precision)
+        batch = from_ase(part, dtype=precision).to(device)
         began = time.perf_counter()
         with torch.no_grad():
             out = model(batch, forces=forces, stress=stress, spread=spread, create_graph=False)
@@ -85,9 +89,9 @@ def evaluate_file(
         for n, atoms in enumerate(part):
             results = {"energy": float(out["energy"][n])}
             if forces:
-                results["forces"] = out["forces"][ends[n] : ends[n + 1]].double().numpy()
+                results["forces"] = out["forces"][ends[n] : ends[n + 1]].cpu().double().numpy()
             if stress:
-                results["stress"] = full_3x3_to_voigt_6_stress(out["stress"][n].double().numpy())
+                results["stress"] = full_3x3_to_voigt_6_stress(out["stress"][n].cpu().double().numpy())
             copy = atoms.copy()
             copy.calc = SinglePointCalculator(copy, **results)
             if spread:
@@ -97,12 +101,9 @@ def evaluate_file(
     echo(f"{len(frames)} structures, {sum(map(len, frames))} atoms; {backbone}, {symmetry}; {seconds:.2f} s")
     _report_errors(frames, predicted, forces, echo)
     if output is not None:
-        path = Path(output)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.part")
-        write(temporary, predicted, format="extxyz")
-        os.replace(temporary, path)
-        echo(f"wrote {path}")
+        with replacing(output) as temporary:
+            write(temporary, predicted, format="extxyz")
+        echo(f"wrote {output}")
     return predicted
 
 

@@ -20,7 +20,8 @@ from symmetrize.demo.results import Trajectory
 from symmetrize.demo.subjects import SHIPPED
 from symmetrize.demo.table import all_tables, as_markdown, as_text
 from symmetrize.errors import DeclarationError, InvalidInputError
-from symmetrize.report import Table, number, render_demo, write_text
+from symmetrize.files import write_text
+from symmetrize.report import Table, number, render_demo
 
 SECTIONS = ("summary", "table", "histograms", "frames", "scan", "dynamics", "provenance")
 
@@ -217,7 +218,7 @@ def test_files_are_written_at_once_or_not_at_all(tmp_path, monkeypatch: pytest.M
     def interrupt(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("symmetrize.report.files.os.replace", interrupt)
+    monkeypatch.setattr("symmetrize.files.os.replace", interrupt)
     with pytest.raises(KeyboardInterrupt):
         write_text(path, "new")
     assert path.read_text() == "old"

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 # A module may import modules of a lower rung, and of its own.
 RUNGS = {
     "errors": 0,
+    "files": 0,
     "keys": 0,
     "ops": 0,
     "data": 1,

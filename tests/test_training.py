@@ -24,6 +24,8 @@ from symmetrize.training.dataset import (
     TARGET_ENERGY,
     TARGET_FORCES,
     augment,
+    fingerprint,
+    gather,
     generator_for,
     read_structures,
     split,
@@ -31,9 +33,10 @@ from symmetrize.training.dataset import (
     transform,
 )
 from symmetrize.training.gradients import energy_and_forces
-from symmetrize.training.lit import TrainingModule
-from symmetrize.training.models import build_backbone
+from symmetrize.training.lit import EpochOrder, TrainingModule, validation_share
+from symmetrize.training.models import build_backbone, set_energy_reference
 from symmetrize.training.muon import orthogonalize
+from symmetrize.training.run import _accelerator
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "symmetrize" / "demo" / "data" / "ethanol-test.xyz"
@@ -94,6 +97,11 @@ class TestRecipe:
         assert (found.epochs, found.loss.forces, found.loss.energy) == (3, 2.0, 1.0)
         assert load_recipe(found.to_dict()) == found
 
+    def test_last_epoch_is_validated(self):
+        pairs = [(1, 2), (5, 2), (6, 2), (100, 7), (3, 50)]
+        found = [load_recipe(recipe(epochs=n, validate_every=every)).validation_interval for n, every in pairs]
+        assert found == [1, 1, 2, 5, 3]
+
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
@@ -107,6 +115,7 @@ class TestRecipe:
             ({"data": 3}, "data: expected a section, got 3"),
             ({"loss": {"energy": 0, "forces": 0}}, "loss: expected a positive weight"),
             ({"trainer": {"max_epochs": 3}}, "trainer.max_epochs: set by epochs"),
+            ({"trainer": {"accelerator": "mps"}}, "trainer.accelerator: expected 'auto', 'cpu' or 'cuda', got 'mps'"),
         ],
     )
     def test_errors(self, changes, message):
@@ -133,7 +142,15 @@ class TestRecipe:
         paths = sorted((ROOT / "examples" / "configs").glob("pet-*.yaml"))
         assert len(paths) >= 2
         for path in paths:
-            assert load_recipe(path).data.source
+            found = load_recipe(path)
+            assert found.data.source
+            assert Path(found.data.path).resolve() == ROOT / "examples" / "data" / "ethanol_1000.xyz"
+
+    def test_accelerator(self, monkeypatch):
+        for available, expected in ((True, "cuda"), (False, "cpu")):
+            monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
+            assert _accelerator("auto") == expected
+        assert [_accelerator(name) for name in ("gpu", "cpu", "tpu")] == ["cuda", "cpu", "tpu"]
 
     def test_missing_data_says_where_to_get_it(self, tmp_path):
         data = {"path": str(tmp_path / "no.xyz"), "train": 1, "validation": 1, "source": "https://example.org"}
@@ -153,6 +170,53 @@ class TestRecipe:
         ]:
             with pytest.raises(RecipeError, match=message):
                 train(recipe(backbone=backbone), output=tmp_path, progress=False)
+
+
+class TestShippedWeights:
+    """What the weights say about their origin is what the recipe beside them would do."""
+
+    @pytest.mark.parametrize(
+        ("weights", "config"), [("ethanol", "pet-ethanol"), ("ethanol-2block", "pet-ethanol-2block")]
+    )
+    def test_recipe(self, weights, config):
+        path = ROOT / "backbones" / "pet" / "weights" / f"{weights}.json"
+        text = path.read_text(encoding="utf-8")
+        description = json.loads(text)
+        training = description["metadata"]["training"]
+        shipped = load_recipe(ROOT / "examples" / "configs" / f"{config}.yaml")
+        as_run = load_recipe(training["recipe"]).to_dict()
+        expected = shipped.to_dict()
+        assert as_run["data"].pop("path") == Path(expected["data"].pop("path")).name
+        assert as_run == expected
+        assert training["epochs"] == shipped.epochs
+        assert training["data_source"] == shipped.data.source
+        assert (
+            training["data_sha256"] == fingerprint(shipped.data.path) and training["data_sha256"] in shipped.data.source
+        )
+        assert training["test_structures"] == split(1000, shipped.data).test.tolist()
+        assert {"torch", "lightning", "numpy", "torch-symmetrize"} <= training["versions"].keys()
+        hyperparameters = {"atomic_types": [1, 6, 8], **shipped.backbone.hyperparameters}
+        assert {name: description["config"][name] for name in hyperparameters} == hyperparameters
+        assert "/" not in text.replace(training["data_source"], "").replace("eV/", "")  # no paths of any machine
+
+    def test_errors(self):
+        """The errors that the weights claim are those that they make."""
+        from symmetrize.backbones.pet import load
+
+        for weights, config in (("ethanol", "pet-ethanol"), ("ethanol-2block", "pet-ethanol-2block")):
+            backbone = load(ROOT / "backbones" / "pet" / "weights" / weights)
+            settings = load_recipe(ROOT / "examples" / "configs" / f"{config}.yaml").data
+            table, parts, _ = gather(read_structures(settings), backbone.cutoff, settings)
+            composition = backbone.composition
+            claimed = backbone.metadata["training"]["errors"]
+            baseline = baseline_of(table, composition, (1, 6, 8))
+            for part in ("validation", "test"):
+                found = evaluate(backbone, table, getattr(parts, part), baseline).to_dict()
+                assert found == pytest.approx(claimed[part], rel=1e-3)
+
+    def test_size(self):
+        files = (ROOT / "backbones" / "pet" / "weights").glob("*.safetensors")
+        assert sum(path.stat().st_size for path in files) < 2e6
 
 
 class TestSchedule:
@@ -193,6 +257,35 @@ class TestData:
         assert torch.equal(batch[TARGET_ENERGY], fresh.energy)
         assert torch.equal(batch[TARGET_FORCES], fresh.forces)
 
+    def test_structures_outside_the_split_are_left_alone(self):
+        structures = read_structures(DataRecipe(str(DATA), train=20, validation=0))
+        data = DataRecipe(str(DATA), train=5, validation=2, test=3, split_seed=1)
+        whole = split(100, data)
+        for n in set(range(100)) - set(torch.cat([whole.train, whole.validation, whole.test]).tolist()):
+            structures[n] = None  # would fail where it is looked at
+        table, parts, numbers = gather(structures, 4.5, data)
+        assert len(table) == 10
+        for part in ("train", "validation", "test"):
+            rows, expected = getattr(parts, part), getattr(whole, part)
+            assert torch.equal(numbers[rows], expected)
+            assert table.energy[rows].tolist() == [structures[n].get_potential_energy() for n in expected]
+        lacking = int(whole.test[1])
+        structures[lacking].calc.results.pop("forces")
+        with pytest.raises(InvalidInputError, match=f"structure {lacking}: expected a reference value 'forces'"):
+            gather(structures, 4.5, data)
+
+    @pytest.mark.parametrize(("n_structures", "n_ranks"), [(10, 3), (3, 3), (2, 5), (1, 4)])
+    def test_every_device_has_work(self, n_structures, n_ranks):
+        everything = list(range(7, 7 + n_structures))
+        shares = [validation_share(everything, rank, n_ranks) for rank in range(n_ranks)]
+        assert all(shares) and {n for share in shares for n in share} == set(everything)
+        if n_structures >= n_ranks:
+            assert sum(map(len, shares)) == n_structures  # each counts once
+        orders = [list(EpochOrder(n_structures, 0, rank, n_ranks)) for rank in range(n_ranks)]
+        assert len({len(order) for order in orders}) == 1 and {n for order in orders for n in order} == set(
+            range(n_structures)
+        )
+
     def test_missing_reference(self):
         structures = read_structures(DataRecipe(str(DATA), train=1, validation=0))
         with pytest.raises(InvalidInputError, match="expected a reference value 'dft_energy'"):
@@ -220,6 +313,16 @@ class TestComposition:
         assert abs(float(rest.mean())) < 1e-9
         assert energy_scale(table.forces, rest) == pytest.approx(float(table.forces.square().mean().sqrt()))
         assert energy_scale(torch.zeros(2, 3), rest) == pytest.approx(float(rest.square().mean().sqrt()))
+
+    def test_species_that_the_data_lacks(self, table):
+        types = (1, 6, 7, 8)
+        counts = count_species(table.batch[keys.Z], table.batch[keys.BATCH], len(table), types)
+        composition = fit_composition(counts, table.energy)
+        few = fit_composition(counts[:, [0, 1, 3]], table.energy)
+        assert torch.allclose(composition[[0, 1, 3]], few, rtol=1e-12)
+        assert float(composition[2]) == pytest.approx(float(table.energy.mean() / 9), rel=1e-12)
+        with pytest.raises(RecipeError, match="'composition': expected 4 entries, got 3"):
+            set_energy_reference(tiny(), composition, 1.0)
 
     def test_unknown_species(self, table):
         with pytest.raises(UnknownSpeciesError, match="got 8 in structure 0"):
@@ -279,6 +382,18 @@ class TestGradients:
         bare = tiny()
         first = energy_and_forces(bare, batch, create_graph=False)[0]
         assert not torch.allclose(first, energy_and_forces(bare, turned, create_graph=False)[0], atol=1e-6)
+
+    @pytest.mark.parametrize("weights", [{"energy": 0.0}, {"forces": 0.0}, {}])
+    def test_every_parameter_has_a_gradient(self, table, weights, monkeypatch):
+        """Devices that train together wait for the gradients of all parameters."""
+        settings = load_recipe(recipe(loss={"kind": "norm", **weights}, dtype="float64"))
+        module = TrainingModule(tiny(), settings, 1.0)
+        monkeypatch.setattr(module, "log", lambda *_, **__: None)
+        monkeypatch.setattr(TrainingModule, "current_epoch", 0)
+        monkeypatch.setattr(TrainingModule, "global_rank", 0)
+        module.training_step(table.select(torch.arange(3), torch.float64), 0).backward()
+        without = [name for name, parameter in module.backbone.named_parameters() if parameter.grad is None]
+        assert not without
 
     def test_orthogonalize(self):
         matrices = torch.randn(3, 6, 4, generator=torch.Generator().manual_seed(0))
@@ -395,6 +510,19 @@ class TestRuns:
         again = train(recipe(), output=finished.folder, progress=False)
         assert again.errors["test"].forces_mae == pytest.approx(finished.errors["test"].forces_mae, rel=1e-6)
         assert (finished.folder / "checkpoints" / "last.ckpt").stat().st_mtime_ns == before
+
+    def test_more_species_than_the_data_has(self, tmp_path):
+        """Composition energies go to the species that they belong to, wherever those stand."""
+        from symmetrize.backbones.pet import load
+
+        data = {"path": str(DATA), "train": 8, "validation": 4}
+        backbone = {"name": "pet", "hyperparameters": {**TINY, "atomic_types": [1, 5, 6, 8]}}
+        found = train(recipe(data=data, backbone=backbone, epochs=1), output=tmp_path, progress=False)
+        assert list(found.report["composition"]) == ["1", "5", "6", "8"]
+        assert load(found.weights).composition.tolist() == list(found.report["composition"].values())
+        backbone["hyperparameters"]["atomic_types"] = [1, 6, 9]
+        with pytest.raises(InvalidInputError, match=r"expected all species of the data, \[1, 6, 8\], .* without \[8\]"):
+            train(recipe(data=data, backbone=backbone), output=tmp_path / "b", progress=False)
 
     def test_another_seed_is_another_run(self, finished, tmp_path):
         other = train(recipe(seed=1, epochs=1), output=tmp_path, progress=False)

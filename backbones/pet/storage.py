@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from symmetrize.errors import DeclarationError, InvalidInputError
+from symmetrize.files import replacing
 
 from .config import PETConfig
 
@@ -54,8 +53,9 @@ def save_model(model: PET, path: str | os.PathLike[str]) -> None:
         "metadata": model.metadata,
     }
     text = json.dumps(description, indent=2) + "\n"  # before anything is written: metadata may be unserialisable
-    _replace(stem.with_name(stem.name + ".safetensors"), lambda file: save_file(tensors, file))
-    _replace(stem.with_name(stem.name + ".json"), lambda file: Path(file).write_text(text, encoding="utf-8"))
+    with replacing(stem, ".safetensors", ".json") as inner:
+        save_file(tensors, f"{inner}.safetensors")
+        Path(f"{inner}.json").write_text(text, encoding="utf-8")
 
 
 def read_model(path: str | os.PathLike[str]) -> tuple[PETConfig, dict[str, Any], torch.dtype, dict[str, Tensor]]:
@@ -79,15 +79,3 @@ def read_model(path: str | os.PathLike[str]) -> tuple[PETConfig, dict[str, Any],
 def _stem(path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     return path.with_suffix("") if path.suffix in (".safetensors", ".json") else path
-
-
-def _replace(path: Path, write: Callable[[str], Any]) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    os.close(handle)
-    try:
-        write(temporary)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

@@ -35,8 +35,9 @@ from symmetrize.demo.sweep import (
 )
 from symmetrize.demo.table import all_tables, as_markdown, as_text
 from symmetrize.errors import DeclarationError, InvalidInputError, did_you_mean
+from symmetrize.files import write_text
 from symmetrize.ops.rotations import random_rotations
-from symmetrize.report import render_demo, require_libraries, write_text
+from symmetrize.report import render_demo, require_libraries
 from symmetrize.testing import Element, tolerance
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}

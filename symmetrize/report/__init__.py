@@ -1,7 +1,7 @@
 """Self-contained HTML reports with inline figures."""
 
 from symmetrize.report.demo import render_demo
-from symmetrize.report.files import require_libraries, write_text
+from symmetrize.report.libraries import require_libraries
 from symmetrize.report.tables import Table, number
 
-__all__ = ["Table", "number", "render_demo", "require_libraries", "write_text"]
+__all__ = ["Table", "number", "render_demo", "require_libraries"]

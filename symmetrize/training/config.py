@@ -166,7 +166,8 @@ class Recipe:
     ema : float
         Decay per step of the running average of the weights, which is what is validated and saved; 0: no average.
     validate_every : int
-        Epochs between validations.
+        Epochs between validations and checkpoints, at most: fewer where this does not divide ``epochs``, so that the
+        last epoch is among them.
     patience : int
         Stop after this many validations without a better force error; 0: never.
     trainer : dict
@@ -235,6 +236,11 @@ class Recipe:
         for name in self.trainer:
             if name in _RESERVED:
                 raise RecipeError(f"trainer.{name}: set by {_RESERVED[name]}, not here")
+
+    @property
+    def validation_interval(self) -> int:
+        """Epochs between validations: the largest divisor of ``epochs`` up to ``validate_every``."""
+        return next(n for n in range(self.validate_every, 0, -1) if self.epochs % n == 0)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dictionary, inverse of `load_recipe`."""

@@ -262,7 +262,7 @@ def _fit(
     stopwatch = Stopwatch()
     callbacks: list[Callback] = [
         checkpoint(filename="best", monitor=MONITOR, save_on_train_epoch_end=False),
-        checkpoint(filename="last", save_on_train_epoch_end=True, every_n_epochs=recipe.validate_every),
+        checkpoint(filename="last", save_on_train_epoch_end=True, every_n_epochs=recipe.validation_interval),
         stopwatch,
     ]
     if recipe.patience > 0:
@@ -279,7 +279,7 @@ def _fit(
             default_root_dir=folder,
             precision="64-true" if recipe.dtype == "float64" else "32-true",
             gradient_clip_val=recipe.optimizer.clip or None,
-            check_val_every_n_epoch=recipe.validate_every,
+            check_val_every_n_epoch=recipe.validation_interval,
             inference_mode=False,
             use_distributed_sampler=False,
             num_sanity_val_steps=0,

@@ -104,27 +104,9 @@ def stratify(
     pair_weight = axis_weight[j] * pair_weight
     on_axis = axis_weight * on_axis
 
-    # Axis stratum: frames attached to every partner off the axis, or to none on an exactly collinear cloud.
-    near_line = (on_axis > 0.0)[row].nonzero()[:, 0]
-    partner, row = partner[near_line], row[near_line]
-    height = torch.linalg.cross(units[axis[row]], vectors[partner])
-    # Relative to the longer arm: an atom next to the origin is off the axis by its distance, not by its direction.
-    longer = torch.maximum(lengths[partner], lengths[axis[row]]).detach()
-    sine = (height.detach() * height.detach()).sum(dim=1) / (longer * longer)
-    off_line = (sine > collinear).nonzero()[:, 0]
-    partner, row, height, sine = partner[off_line], row[off_line], height[off_line], sine[off_line]
-    # Very near the line the average no longer depends on the angle about the axis, but its parts do, as 1 / h: their
-    # derivatives would cancel to rounding / h. There the angle and the shares are constants.
-    rigid = (segment_max(sine, row, n_axes, 0.0) < rigid_below)[row][:, None]
-    height = torch.where(rigid, height.detach(), height)
-    share = reach[partner] * (height * height).sum(dim=1)
-    # Relative to the largest before the power, which would underflow; the quotient does not notice.
-    largest = segment_max(share.detach(), row, n_axes, 0.0)
-    power = (share / torch.where(largest > 0.0, largest, torch.ones_like(largest))[row]) ** (order // 2)
-    total = segment_sum(power, row, n_axes)
-    share = power / torch.where(total > 0.0, total, torch.ones_like(total))[row]
-    free = ((total == 0.0) & (on_axis > 0.0)).nonzero()[:, 0]
-    attached_weight = on_axis[row] * share
+    partner, row, attached_weight, rigid, free = _attach(
+        vectors, units, lengths, reach, axis, on_axis, partner, row, order, collinear, rigid_below
+    )
 
     # One list of weights, in which negligible ones are switched off before any frame is built.
     weights = torch.cat([pair_weight, attached_weight, on_axis[free], point_weight])
@@ -135,18 +117,17 @@ def stratify(
         weights, [n_pair, n_attached, n_free, n_owners]
     )
 
+    lonely = (point_weight > 0.0).nonzero()[:, 0]
+
     keep = (pair_weight > 0.0).nonzero()[:, 0]
     pair_weight, pair_owner = pair_weight[keep], axis_owner[j[keep]]
     pair = pair_frames(units[axis[j[keep]]], units[k[keep]])
     keep = (attached_weight > 0.0).nonzero()[:, 0]
-    attached = pair_frames(units[axis[row[keep]]], units[partner[keep]])
-    turned_along = pair_frames(units[axis[row[keep]]], -attached[:, :, 2].detach())
-    attached = torch.where(rigid[keep][:, :, None], turned_along, attached)
+    attached = _attached_frames(units[axis[row[keep]]], units[partner[keep]], rigid[keep])
     line = torch.cat([attached, axis_frames(units[axis[free]])])
     line_weight = torch.cat([attached_weight[keep], free_weight])
     line_owner = torch.cat([axis_owner[row[keep]], axis_owner[free]])
     turned = line[:, None] @ cyclic_group(order, line.device)
-    lonely = (point_weight > 0.0).nonzero()[:, 0]
 
     rotations = torch.cat([pair, turned.reshape(-1, 3, 3)])
     weights = torch.cat([pair_weight, (line_weight / order).repeat_interleave(order)])
@@ -165,6 +146,61 @@ def stratify(
         torch.cat([owner, lonely]),
         torch.cat([stratum, torch.full_like(lonely, point)]),
     )
+
+
+def _attach(
+    vectors: Tensor,
+    units: Tensor,
+    lengths: Tensor,
+    reach: Tensor,
+    axis: Tensor,
+    on_axis: Tensor,
+    partner: Tensor,
+    row: Tensor,
+    order: int,
+    collinear: float,
+    rigid_below: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The axis stratum: which partners define the angle about an axis, and how they share its weight.
+
+    Returns
+    -------
+    partner, row : Tensor of shape (n_attached,)
+        Candidates, and the axis that each of them is attached to.
+    weight : Tensor of shape (n_attached,)
+    rigid : Tensor of shape (n_attached,)
+        bool, whether the angle is held constant in derivatives.
+    free : Tensor of shape (n_free,)
+        Axes on which everything is collinear to rounding: no partner, and none needed.
+    """
+    n_axes = axis.shape[0]
+    near_line = (on_axis > 0.0)[row].nonzero()[:, 0]
+    partner, row = partner[near_line], row[near_line]
+    height = torch.linalg.cross(units[axis[row]], vectors[partner])
+    # Relative to the longer arm: an atom next to the origin is off the axis by its distance, not by its direction.
+    longer = torch.maximum(lengths[partner], lengths[axis[row]]).detach()
+    sine = (height.detach() * height.detach()).sum(dim=1) / (longer * longer)
+    off_line = (sine > collinear).nonzero()[:, 0]
+    partner, row, height, sine = partner[off_line], row[off_line], height[off_line], sine[off_line]
+    # Very near the line the average no longer depends on the angle about the axis, but its parts do, as 1 / h: their
+    # derivatives would cancel to rounding / h. There the angle and the shares are constants.
+    rigid = (segment_max(sine, row, n_axes, 0.0) < rigid_below)[row]
+    height = torch.where(rigid[:, None], height.detach(), height)
+    share = reach[partner] * (height * height).sum(dim=1)
+    # Relative to the largest before the power, which would underflow; the quotient does not notice.
+    largest = segment_max(share.detach(), row, n_axes, 0.0)
+    power = (share / torch.where(largest > 0.0, largest, torch.ones_like(largest))[row]) ** (order // 2)
+    total = segment_sum(power, row, n_axes)
+    share = power / torch.where(total > 0.0, total, torch.ones_like(total))[row]
+    free = ((total == 0.0) & (on_axis > 0.0)).nonzero()[:, 0]
+    return partner, row, on_axis[row] * share, rigid, free
+
+
+def _attached_frames(axis: Tensor, partner: Tensor, rigid: Tensor) -> Tensor:
+    """Coordinate systems of axes and partners, carried along with the axis alone where they are rigid."""
+    frames = pair_frames(axis, partner)
+    carried = pair_frames(axis, -frames[:, :, 2].detach())
+    return torch.where(rigid[:, None, None], carried, frames)
 
 
 def _off_axis(axis: Tensor, partner: Tensor, width: float) -> Tensor:
