@@ -13,7 +13,7 @@ from benchmarks.datasets import load
 from benchmarks.record import Result, Setting, provenance, save
 
 #: One module of this package each, with a function ``run(setting) -> Result``.
-NAMES = ("evaluations", "smoothness", "overhead", "scaling", "memory")
+NAMES = ("evaluations", "smoothness", "memory", "overhead", "scaling")
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -33,7 +33,7 @@ NAMES = ("evaluations", "smoothness", "overhead", "scaling", "memory")
 def main(
     names: tuple[str, ...], output: Path, data: Path | None, device: str, profile: str, threads: int, quiet: bool
 ) -> None:
-    """Measure NAMEs (by default all): evaluations, smoothness, overhead, scaling, memory."""
+    """Measure NAMEs (by default all): evaluations, smoothness, memory, overhead, scaling."""
     torch.set_num_threads(threads)
     try:
         place = torch.empty(0, device=device).device

@@ -24,16 +24,20 @@ N_ATOMS = 1000
 COLUMNS = (
     Column("dataset", "data set"),
     Column("scope", "scope"),
-    Column("cutoff_width", "D (Å)", fixed(2)),
     Column("n_owners", "centers / molecules"),
-    Column("mean SO(3)", "SO(3): mean", fixed(2)),
-    Column("max SO(3)", "max"),
-    Column("effective SO(3)", "effective", fixed(2)),
-    Column("mean O(3)", "O(3): mean", fixed(2)),
-    Column("max O(3)", "max"),
-    Column("frame", "owners with frames (%)", fixed(1)),
-    Column("axis", "axis (%)", fixed(1)),
-    Column("point", "point (%)", fixed(1)),
+    *(
+        column
+        for width in WIDTHS
+        for column in (
+            Column(f"mean SO(3) {width}", f"SO(3), D = {width} Å: mean", fixed(2)),
+            Column(f"max SO(3) {width}", "max"),
+            Column(f"effective SO(3) {width}", "effective", fixed(2)),
+            Column(f"mean O(3) {width}", "O(3): mean", fixed(2)),
+            Column(f"max O(3) {width}", "max"),
+        )
+    ),
+    Column("axis", "on axes (%)", fixed(1)),
+    Column("point", "points (%)", fixed(1)),
     Column("weight_min", "smallest Σw", fixed(3)),
 )
 
@@ -53,8 +57,8 @@ def run(setting: Setting) -> Result:
     notes = [
         f"Atom scope: neighbors within {CUTOFF} Å (one hop). Structure scope: around the centroid, finite structures "
         "only. An evaluation in structure scope is one of the whole molecule.",
-        "Effective: mean of (Σw)²/Σw². Strata: share of the centers or molecules with weight in each; they overlap "
-        "where one fades into the other.",
+        "Effective: mean of (Σw)²/Σw². On axes, points: share of the centers or molecules with weight in these strata, "
+        f"which may overlap with frames (D = {WIDTHS[0]} Å).",
     ]
     if setting.absent:
         notes.append(f"Not found, skipped: {', '.join(setting.absent)}.")
@@ -64,7 +68,16 @@ def run(setting: Setting) -> Result:
         "collinearity_width": COLLINEARITY_WIDTH,
         "n_structures": {name: len(structures) for name, structures in sets.items()},
     }
-    return Result("Evaluations", records, COLUMNS, parameters, notes)
+    return Result("Evaluations", records, COLUMNS, parameters, notes, _rows(records))
+
+
+def _rows(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for all widths; what does not carry the width in its name is that of the first."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for record in records:
+        row = rows.setdefault((record["dataset"], record["scope"]), dict(record))
+        row |= {f"{key} {record['cutoff_width']}": value for key, value in record.items()}
+    return list(rows.values())
 
 
 def _record(setting: Setting, name: str, structures: list[Atoms], scope: str, width: float) -> dict[str, Any]:

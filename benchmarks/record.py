@@ -45,6 +45,8 @@ class Result:
         One measurement each: what is saved.
     columns : list of Column
         What of it is printed.
+    rows : list of dict
+        What the table shows where it is not the records themselves, such as one row for several of them.
     parameters : dict
         Everything that was fixed.
     notes : list of str
@@ -56,13 +58,15 @@ class Result:
     columns: Sequence[Column]
     parameters: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)
 
     def table(self) -> str:
         """The records as an aligned Markdown table, which a terminal shows well, too."""
-        rows = [[_shown(column, record) for column in self.columns] for record in self.records]
+        shown = self.rows or self.records
+        rows = [[_shown(column, record) for column in self.columns] for record in shown]
         titles = [column.title for column in self.columns]
         widths = [max(len(row[k]) for row in [titles, *rows]) for k in range(len(titles))]
-        left = [all(isinstance(record.get(c.key, ""), str) for record in self.records) for c in self.columns]
+        left = [all(isinstance(record.get(c.key, ""), str) for record in shown) for c in self.columns]
 
         def line(cells: Iterable[str]) -> str:
             padded = [
@@ -171,13 +175,25 @@ def save(
         "provenance": origin,
         "benchmarks": benchmarks,
     }
-    write_text(folder / "results.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
+    write_text(folder / "results.json", _dumped(content) + "\n")
     head = (
         f"# Benchmarks, {content['profile']} profile\n\n"
         f"{origin['date'][:10]}; {origin['cores']} cores, {_count(origin['threads'], 'thread')}, "
         f"{origin['device']}; torch {origin['packages']['torch']}.\n"
     )
     write_text(folder / "results.md", "\n".join([head, *(result.text() for result in results.values())]))
+
+
+def _dumped(value: Any, indent: str = "") -> str:
+    """JSON with one line for each record."""
+    inner = indent + " "
+    # Records are at depth 4.
+    if isinstance(value, dict) and len(indent) < 4 and any(isinstance(v, (dict, list)) for v in value.values()):
+        entries = [f"{inner}{json.dumps(key)}: {_dumped(entry, inner)}" for key, entry in value.items()]
+        return "{\n" + ",\n".join(entries) + f"\n{indent}}}"
+    if isinstance(value, list) and value and not isinstance(value[0], (int, float)):
+        return "[\n" + ",\n".join(f"{inner}{_dumped(entry, inner)}" for entry in value) + f"\n{indent}]"
+    return json.dumps(value, allow_nan=False, ensure_ascii=False)
 
 
 def _count(n: int, what: str) -> str:

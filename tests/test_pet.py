@@ -28,6 +28,7 @@ def tiny(**changes):
         atomic_types=SPECIES,
         cutoff=CUTOFF,
         cutoff_width=1.0,
+        normalization_epsilon=None,  # as metatrain
         d_pet=8,
         d_node=12,
         d_head=6,
@@ -444,3 +445,19 @@ def test_reverse_edges_of_periodic_images():
     assert torch.equal(reverse[reverse], torch.arange(len(source)))
     torch.testing.assert_close(batch.edge_vec[reverse], -batch.edge_vec, rtol=0, atol=1e-12)
     assert torch.equal(source[reverse], target)
+
+
+def test_shipped_weights_are_the_same_function_in_both_precisions():
+    """Also where features are so small that the epsilon of a normalization counts."""
+    from ase.build import molecule
+    from symmetrize.backbones.pet import load
+
+    from symmetrize import Identity, Symmetrizer, from_ase
+
+    for name in ("ethanol", "ethanol-2block"):
+        out = {}
+        for dtype in (torch.float32, torch.float64):
+            model = Symmetrizer(load(name, dtype=dtype), Identity())
+            out[dtype] = model(from_ase(molecule("CH3CH2OH"), dtype=dtype), forces=True)["forces"].double()
+        scale = out[torch.float64].square().mean().sqrt()
+        assert (out[torch.float32] - out[torch.float64]).abs().max() < 1e-3 * scale

@@ -9,6 +9,7 @@ from typing import Any
 
 from symmetrize.errors import DeclarationError, did_you_mean
 
+FLOAT32_EPSILON = 2.0**-23
 CUTOFF_FUNCTIONS = ("bump", "cosine")
 NORMALIZATIONS = ("RMSNorm", "LayerNorm")
 ACTIVATIONS = ("SwiGLU", "SiLU")
@@ -43,6 +44,10 @@ class PETConfig:
         Attention heads, attention layers per block, and blocks (rounds of message passing).
     normalization, activation, transformer_type : str
         "RMSNorm" or "LayerNorm"; "SwiGLU" or "SiLU"; "PreLN" or "PostLN".
+    normalization_epsilon : float or None
+        What RMSNorm adds to the mean square. By default the machine epsilon of float32 whatever the precision, so that
+        a model is the same function in float64 as in the float32 that it was trained in. None is what metatrain does:
+        the machine epsilon of the precision in use.
     attention_temperature : float
     featurizer_type : str
         "residual" reads out every block, "feedforward" the last one, after one more exchange of messages.
@@ -62,6 +67,7 @@ class PETConfig:
     num_attention_layers: int = 2
     num_gnn_layers: int = 1
     normalization: str = "RMSNorm"
+    normalization_epsilon: float | None = FLOAT32_EPSILON
     activation: str = "SwiGLU"
     transformer_type: str = "PreLN"
     attention_temperature: float = 1.0
@@ -80,6 +86,11 @@ class PETConfig:
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value < math.inf:
                 raise DeclarationError(f"{name}: expected a positive number, got {value!r}")
             object.__setattr__(self, name, float(value))
+        epsilon = self.normalization_epsilon
+        if epsilon is not None and (
+            isinstance(epsilon, bool) or not isinstance(epsilon, float) or not 0.0 < epsilon < 1.0
+        ):
+            raise DeclarationError(f"normalization_epsilon: expected a small positive number or None, got {epsilon!r}")
         if self.cutoff_width > self.cutoff:
             raise DeclarationError(f"cutoff_width: expected at most the cutoff {self.cutoff}, got {self.cutoff_width}")
         for name, choices in _CHOICES.items():

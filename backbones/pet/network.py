@@ -35,9 +35,10 @@ from .pointwise import gate, rms_epsilon, rms_normalize, silu
 class Norm(nn.Module):
     """RMSNorm or LayerNorm, with the affine part separable: ``forward(x) == affine(normalize(x))``."""
 
-    def __init__(self, width: int, kind: str) -> None:
+    def __init__(self, width: int, kind: str, epsilon: float | None = None) -> None:
         super().__init__()
         self.centered = kind == "LayerNorm"
+        self.epsilon = -1.0 if epsilon is None else epsilon  # TorchScript knows no optional floats here
         self.weight = nn.Parameter(torch.ones(width))
         if self.centered:
             self.bias = nn.Parameter(torch.zeros(width))
@@ -47,7 +48,7 @@ class Norm(nn.Module):
     def normalize(self, x: Tensor) -> Tensor:
         if self.centered:
             return rms_normalize(x - x.mean(dim=-1, keepdim=True), 1e-5)
-        return rms_normalize(x, rms_epsilon(x))
+        return rms_normalize(x, rms_epsilon(x) if self.epsilon < 0.0 else self.epsilon)
 
     def fold(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """Weight and bias of a linear map with the affine part of this norm in front of it."""
@@ -109,15 +110,15 @@ class TransformerLayer(nn.Module):
         super().__init__()
         width, node_width, norm = config.d_pet, config.d_node, config.normalization
         self.attention = Attention(width, config.num_heads, config.attention_temperature)
-        self.norm_attention = Norm(width, norm)
-        self.norm_mlp = Norm(width, norm)
+        self.norm_attention = Norm(width, norm, config.normalization_epsilon)
+        self.norm_mlp = Norm(width, norm, config.normalization_epsilon)
         self.mlp = FeedForward(width, config.d_feedforward, config.activation)
         self.expanded = node_width != width
         self.pre_norm = config.transformer_type == "PreLN"
         if self.expanded:
             self.center_contraction = nn.Linear(node_width, width)
             self.center_expansion = nn.Linear(width, node_width)
-            self.norm_center_features = Norm(node_width, norm)
+            self.norm_center_features = Norm(node_width, norm, config.normalization_epsilon)
             self.center_mlp = FeedForward(node_width, 2 * node_width, config.activation)
 
     def forward(self, node: Tensor, edge: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:

@@ -72,7 +72,8 @@ class LossRecipe:
     Attributes
     ----------
     energy, forces : float
-        Weights of the error of the energy per atom and of the force components; 0 leaves one of them out.
+        Weights of the error of the energy per atom and of the force components; 0 leaves one of them out. Forces alone
+        leave the offset of the energies open.
     kind : str
         "mse", "huber" (quadratic up to ``huber_delta``, linear beyond), "mae", or "norm" (length of the error vector
         of each atom, and the absolute error of the energy).

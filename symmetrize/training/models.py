@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,6 +12,7 @@ import torch
 
 from symmetrize.backbone import Backbone
 from symmetrize.errors import DeclarationError, InvalidTypeError, did_you_mean
+from symmetrize.files import replacing
 from symmetrize.training.config import BackboneRecipe, RecipeError
 
 
@@ -116,17 +114,3 @@ def save_backbone(backbone: Backbone, stem: Path, metadata: dict[str, Any]) -> N
                 {name: value.contiguous() for name, value in backbone.state_dict().items()}, f"{inner}.safetensors"
             )
             Path(f"{inner}.json").write_text(json.dumps({"metadata": metadata}, indent=2), encoding="utf-8")
-
-
-@contextmanager
-def replacing(path: Path, *suffixes: str) -> Iterator[Path]:
-    """A temporary name beside ``path`` that becomes it when the block ends without an error.
-
-    With ``suffixes``, both names are stems, and so it goes for the file of each suffix.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".saving-") as folder:
-        inner = Path(folder) / path.name
-        yield inner
-        for suffix in suffixes or ("",):
-            os.replace(f"{inner}{suffix}", f"{path}{suffix}")

@@ -21,11 +21,12 @@ import torch
 
 from symmetrize.backbone import Backbone
 from symmetrize.errors import InvalidInputError, MissingDependencyError
+from symmetrize.files import write_text
 from symmetrize.training.composition import baseline_of, count_species, energy_scale, fit_composition
 from symmetrize.training.config import Recipe, RecipeError, load_recipe
 from symmetrize.training.dataset import fingerprint, gather, read_structures
 from symmetrize.training.gradients import Errors, evaluate
-from symmetrize.training.models import build_backbone, replacing, save_backbone, set_energy_reference
+from symmetrize.training.models import build_backbone, save_backbone, set_energy_reference
 
 if TYPE_CHECKING:
     from symmetrize.training.lit import TableDataModule, TrainingModule
@@ -132,7 +133,8 @@ def train(
     epochs, seconds = _fit(module, data, settings, folder, progress)
 
     best = folder / CHECKPOINTS / "best.ckpt"
-    state = torch.load(best, map_location="cpu", weights_only=True)["state_dict"]
+    checkpoint = torch.load(best, map_location="cpu", weights_only=True)
+    state = checkpoint["state_dict"]
     prefix = "average."
     backbone = module.average.cpu()
     backbone.load_state_dict({k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)})
@@ -149,6 +151,7 @@ def train(
         "errors": {part: found.to_dict() for part, found in errors.items()},
         "orientation": "as in the data; the bare backbone, not symmetrised",
         "epochs": epochs,
+        "best_epoch": int(checkpoint["epoch"]) + 1,
         "seconds": round(seconds, 1),
         "n_parameters": n_parameters,
         "energy_scale": scale,
@@ -166,7 +169,7 @@ def train(
     if module.global_rank == 0:
         save_backbone(backbone, folder / WEIGHTS, {"training": report})
         _write_json(folder / RESULT, report)
-    if progress:
+    if progress and module.global_rank == 0:
         for part, found in errors.items():
             print(
                 f"{part}: force MAE {1e3 * found.forces_mae:.2f} meV/A, "
@@ -319,5 +322,4 @@ def _quiet() -> Iterator[None]:
 
 
 def _write_json(path: Path, content: Any) -> None:
-    with replacing(path) as inner:
-        inner.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=2) + "\n")
