@@ -77,7 +77,7 @@ def _record(setting: Setting, name: str, atoms: Atoms, backbone: PET) -> dict[st
     model = Symmetrizer(backbone, ECSE(), group=GROUP, scope="atom").eval().to(setting.device)
     batch = from_ase(atoms, dtype=torch.float32).to(setting.device)
     functions = {"bare": lambda: bare_forces(backbone, batch), "symmetrised": lambda: model(batch, forces=True)}
-    times = in_turns(functions, 5 if setting.full else 2, setting.device)
+    times = in_turns(functions, 9 if setting.full else 4, setting.device)
     return {
         "system": name,
         "n_atoms": len(atoms),

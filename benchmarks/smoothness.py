@@ -58,7 +58,7 @@ def run(setting: Setting) -> Result:
     rows: dict[str, dict[str, Any]] = {}
     for record in records:
         rows.setdefault(record["path"], {"path": record["path"]})[record["network"]] = record["ratio_max"]
-    columns = [Column("path", "path"), *(Column(n.name, f"{n.name} ({n.scope})", digits(3)) for n in networks)]
+    columns = [Column("path", "path"), *(Column(n.name, f"{n.name} ({n.scope})", digits(2)) for n in networks)]
     title = "Smoothness: second derivative, symmetrised over bare"
     return Result(title, records, columns, parameters, notes, list(rows.values()))
 
