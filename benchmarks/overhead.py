@@ -55,7 +55,7 @@ def run(setting: Setting) -> Result:
         "list, species, lengths, cutoffs) is shared between frames. Energy only: the same without forces.",
         "Bare: the backbone called directly, all structures in one call, neighbor list included. Frames: neighbor "
         "list, candidates, weights and rotations, without gradients, over one bare forward pass.",
-        f"{GROUP}, default widths, float32. Ratios are of the least times of {rounds} rounds in which all are timed in turns. "
+        f"{GROUP}, default widths, float32. Ratios are of the least times of {rounds} rounds, all timed in turns. "
         "'Random' weights: the shipped architecture at a cutoff of 4.5 Å.",
     ]
     parameters = {"group": GROUP, "dtype": "float32", "n_rounds": rounds}
