@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from ase import Atoms
 from symmetrize.backbones.pet import load, shipped
 from symmetrize.backbones.toy import ToyGlobal, ToyLocal
+from torch_geometric.data import Data
 
 from benchmarks.record import Column, Result, Setting, digits
 from symmetrize import ECSE, Identity, OutputSpec, Symmetrizer
@@ -129,8 +130,8 @@ def _models(member: Subject, device: torch.device) -> tuple[Symmetrizer, Symmetr
     return pair[0].eval().to(device), pair[1].eval().to(device)
 
 
-def _on(device: torch.device, model: Symmetrizer):
-    def evaluate(batch):
+def _on(device: torch.device, model: Symmetrizer) -> Callable[[Data], dict[str, torch.Tensor]]:
+    def evaluate(batch: Data) -> dict[str, torch.Tensor]:
         with torch.no_grad():
             return model(batch.to(device))
 

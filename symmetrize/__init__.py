@@ -76,7 +76,12 @@ __all__ = [
 ]
 
 
+_SUBPACKAGES = ("calculators", "keys", "testing", "training")
+
+
 def __getattr__(name: str) -> Any:
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f"symmetrize.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'symmetrize' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOME[name]), name)
@@ -85,4 +90,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME])
+    return sorted([*globals(), *_HOME, *_SUBPACKAGES])

@@ -137,6 +137,11 @@ class Backbone(torch.nn.Module, ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} does not share work between frames")
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the parameters, which is what the positions have to have (float64 without parameters)."""
+        return next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float64)
+
     def extra_repr(self) -> str:
         outputs = ", ".join(f"{name}: {spec}" for name, spec in self.outputs.items())
         return f"outputs={{{outputs}}}, cutoff={self.cutoff}, receptive_field={self.receptive_field}"

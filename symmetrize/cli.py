@@ -40,7 +40,7 @@ def main() -> None:
     """Make deep networks on point clouds exactly and smoothly equivariant."""
 
 
-@main.command()
+@main.command(short_help="A trained network before and after symmetrisation.")
 @click.option("--output", type=click.Path(path_type=Path), default=Path("runs/demo"), show_default=True, help="Folder.")
 @click.option("--structures", type=click.Path(exists=True, path_type=Path), help="Other ethanol structures (extxyz).")
 @click.option("--n-structures", type=click.IntRange(min=2), default=100, show_default=True)
@@ -51,7 +51,10 @@ def main() -> None:
 @click.option("--quiet", is_flag=True, help="No progress bars.")
 @_friendly
 def demo(output: Path, structures: Path | None, quiet: bool, **options: Any) -> None:
-    """A trained PET before and after symmetrisation: table, short dynamics, HTML report."""
+    """A trained PET before and after symmetrisation: table, short dynamics, HTML report.
+
+    Takes about two minutes on two cores.
+    """
     from symmetrize.demo import run_demo
     from symmetrize.demo.table import as_text
 
@@ -62,7 +65,7 @@ def demo(output: Path, structures: Path | None, quiet: bool, **options: Any) -> 
         click.echo(f"{as_text(result)}\n\nreport: {result.report}")
 
 
-@main.command()
+@main.command(short_help="Train a backbone as a recipe (YAML) says.")
 @click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--output", type=click.Path(path_type=Path), help="Run folder (default: from the configuration).")
 @click.option(
@@ -73,7 +76,10 @@ def demo(output: Path, structures: Path | None, quiet: bool, **options: Any) -> 
 @click.option("--quiet", is_flag=True, help="No progress bars.")
 @_friendly
 def train(config: Path, output: Path | None, data: Path | None, epochs: int | None, restart: bool, quiet: bool) -> None:
-    """Train a backbone as CONFIG (YAML) says; a run that was killed goes on from its last checkpoint."""
+    """Train a backbone as CONFIG (YAML) says; a run that was killed goes on from its last checkpoint.
+
+    For example: symmetrize train examples/configs/pet-ethanol.yaml
+    """
     from symmetrize.training import train as run
 
     overrides: dict[str, Any] = {}
@@ -84,13 +90,26 @@ def train(config: Path, output: Path | None, data: Path | None, epochs: int | No
     run(config, output=output, resume=not restart, progress=not quiet, overrides=overrides)
 
 
-@main.command()
+@main.command(short_help="Energies and forces of structures in a file.")
 @click.argument("structures", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option(
-    "--backbone", default="pet:ethanol", show_default=True, help="NAME or NAME:WEIGHTS, see 'symmetrize list'."
+    "--backbone",
+    default="pet:ethanol",
+    show_default=True,
+    help="NAME or NAME:WEIGHTS (pet:ethanol, pet:ethanol-2block); see 'symmetrize list'.",
 )
-@click.option("--group", type=click.Choice(["O(3)", "SO(3)", "none"]), default="O(3)", show_default=True)
-@click.option("--scope", type=click.Choice(["atom", "structure"]), help="Default: by the backbone's declarations.")
+@click.option(
+    "--group",
+    type=click.Choice(["O(3)", "SO(3)", "none"]),
+    default="O(3)",
+    show_default=True,
+    help="With or without inversion, or bare.",
+)
+@click.option(
+    "--scope",
+    type=click.Choice(["atom", "structure"]),
+    help="Default: atom for strictly local networks, else structure.",
+)
 @click.option("--forces/--no-forces", default=True, show_default=True)
 @click.option("--stress", is_flag=True, help="Also the stress (periodic structures).")
 @click.option("--spread", is_flag=True, help="Also the spread of the energy over the frames.")
@@ -116,6 +135,7 @@ def list_() -> None:
     for name, entry in sorted(list_backbones().items()):
         missing = f"; needs: pip install {' '.join(entry.missing)}" if entry.missing else ""
         click.echo(f"  {name:<10} {entry.status:<12} {entry.description} ({entry.license}){missing}")
+    click.echo("  weights of pet: ethanol (1 block), ethanol-2block; for ethanol only")
     click.echo("methods")
     click.echo(f"  {'ECSE':<10} exact, smooth, deterministic; O(3) and SO(3), per atom or per structure")
     click.echo(f"  {'Identity':<10} the bare backbone")

@@ -70,12 +70,18 @@ def evaluate_file(
         raise InvalidInputError(f"{structures}: expected at least one structure, got none")
     name, _, argument = backbone.partition(":")
     precision = getattr(torch, dtype)
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InvalidInputError(f"device: {device!r} is not available here, 'cpu' is") from error
     net = load_backbone(name, *([argument] if argument else [])).to(device=device, dtype=precision).eval()
     check_energy(net, "energy")
     method = Identity() if group == "none" else ECSE()
     model = Symmetrizer(net, method, group="O(3)" if group == "none" else group, scope=scope)
     if explain:
-        echo(str(model.explain(from_ase(frames[:batch_size], dtype=precision).to(device))))
+        first = frames[:batch_size]
+        echo(f"the first {len(first)} of {len(frames)} structures:")
+        echo(str(model.explain(from_ase(first, dtype=precision).to(device))))
         return []
     predicted, seconds = [], 0.0
     for start in tqdm(range(0, len(frames), batch_size), unit="batch", disable=None, leave=False):
@@ -104,7 +110,24 @@ def evaluate_file(
         with replacing(output) as temporary:
             write(temporary, predicted, format="extxyz")
         echo(f"wrote {output}")
+    else:
+        _list_predictions(predicted, echo)
     return predicted
+
+
+def _list_predictions(predicted: list[Atoms], echo: Callable[[str], None], limit: int = 10) -> None:
+    for n, atoms in enumerate(predicted[:limit]):
+        results = atoms.calc.results
+        line = f"  {n:>4}  {atoms.get_chemical_formula():<12} energy {results['energy']:.6f} eV"
+        if "energy_spread" in atoms.info:
+            line += f" (spread over frames {1e3 * atoms.info['energy_spread']:.3f} meV)"
+        if "forces" in results:
+            line += f", largest force {np.linalg.norm(results['forces'], axis=1).max():.4f} eV/A"
+        if "stress" in results:
+            line += f", pressure {-results['stress'][:3].mean():.6f} eV/A^3"
+        echo(line)
+    more = f"{len(predicted) - limit} more; " if len(predicted) > limit else ""
+    echo(f"  {more}--output FILE writes all of them, forces included")
 
 
 def _report_errors(references: list[Atoms], predicted: list[Atoms], forces: bool, echo: Callable[[str], None]) -> None:

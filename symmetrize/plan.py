@@ -57,13 +57,14 @@ class Plan:
 
     def __str__(self) -> str:
         owner = "atom" if self.scope == "atom" else "structure"
-        strata = ", ".join(f"{count} {name}" for name, count in self.strata.items() if count)
+        kinds = {"frame": "full frames", "axis": "about an axis", "point": "lone centers", "auxiliary": "auxiliary"}
+        strata = ", ".join(f"{count} {kinds[name]}" for name, count in self.strata.items() if count)
         return "\n".join(
             [
                 f"{self.n_structures} structures, {self.n_atoms} atoms; {self.group}, scope {self.scope}",
                 f"evaluations   {self.n_evaluations} ({self.evaluations_mean:.2f} per {owner}, "
                 f"at most {self.evaluations_max})",
-                f"frames        {strata}; effective {self.effective_mean:.2f} per {owner}",
+                f"kinds         {strata}; effective {self.effective_mean:.2f} per {owner}",
                 f"total weight  at least {self.weight_min:.3f}",
                 f"copied atoms  {self.copied_atoms} ({self.cost_ratio:.1f} x the batch) in {self.n_chunks} calls",
             ]

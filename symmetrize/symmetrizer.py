@@ -112,7 +112,9 @@ class Symmetrizer(torch.nn.Module):
         Returns
         -------
         dict of str to Tensor
-            Outputs by name; with ``reduce`` the reduced output under the name and its rows as ``"atomic_<name>"``.
+            Outputs by name; with ``reduce`` the reduced output under the name and its rows as ``"atomic_<name>"``. Energies
+            with a composition baseline are float64 (float32 cannot resolve a total energy). With forces everything is
+            detached unless ``create_graph``; without, use ``torch.no_grad()`` where no gradient is wanted.
 
         Raises
         ------
@@ -192,7 +194,7 @@ class Symmetrizer(torch.nn.Module):
         if expected and dtype not in expected:
             raise InvalidTypeError(
                 f"pos: expected the dtype of the backbone's parameters ({next(iter(expected))}), got {dtype}; "
-                "convert one of them, e.g. model.to(torch.float64)"
+                "convert one of them: model.to(torch.float64), or from_ase(..., dtype=torch.float32)"
             )
         for name, irreps in self.backbone.vectors.items():
             value, spec = batch.get(name), OutputSpec(irreps)

@@ -194,8 +194,8 @@ def test_a_list_with_a_skin_is_filtered_to_the_cutoff(name):
     assert used.edge_cutoff == 3.3
 
 
-def test_a_list_that_is_long_enough_is_used_and_one_that_is_short_is_rebuilt():
-    """A mark on the given list (one pair removed) tells whether it was used."""
+def test_a_list_that_is_long_enough_has_to_be_complete_and_one_that_is_short_is_rebuilt():
+    """A missing pair is what moving the atoms after building the list leaves behind."""
 
     def without_first_pair(batch):
         n, c = batch.edge_index
@@ -203,7 +203,8 @@ def test_a_list_that_is_long_enough_is_used_and_one_that_is_short_is_rebuilt():
 
     full = from_ase(ethanol(), cutoff=3.0).edge_index.shape[1]
     marked = given_list(ethanol(), 3.0, without_first_pair)
-    assert with_neighbors(validate(marked), 3.0).edge_index.shape[1] == full - 2
+    with pytest.raises(InvalidInputError, match="structure 0, atom 0; rebuild"):
+        with_neighbors(validate(marked), 3.0)
     assert with_neighbors(validate(given_list(ethanol(), 2.0)), 3.0).edge_index.shape[1] == full
 
 

@@ -124,7 +124,9 @@ class ToyLocal(_Toy):
     def forward(self, batch: Data) -> dict[str, Tensor]:
         """Outputs in the orientation given."""
         if batch.get(keys.EDGE_INDEX) is None:
-            raise InvalidInputError("batch: expected a neighbor list in 'edge_index', got none")
+            raise InvalidInputError(
+                "batch: expected a neighbor list in 'edge_index', got none; from_ase(..., cutoff=...) builds one"
+            )
         source, target = batch[keys.EDGE_INDEX]
         vectors = batch.get(keys.EDGE_VEC)
         vectors = edge_vectors(batch) if vectors is None else vectors
