@@ -112,9 +112,9 @@ class Symmetrizer(torch.nn.Module):
         Returns
         -------
         dict of str to Tensor
-            Outputs by name; with ``reduce`` the reduced output under the name and its rows as ``"atomic_<name>"``. Energies
-            with a composition baseline are float64 (float32 cannot resolve a total energy). With forces everything is
-            detached unless ``create_graph``; without, use ``torch.no_grad()`` where no gradient is wanted.
+            Outputs by name; with ``reduce`` the reduced output under the name and its rows as ``"atomic_<name>"``.
+            Energies with a composition baseline are float64 (float32 cannot resolve a total energy). With forces
+            everything is detached unless ``create_graph``; without, use ``torch.no_grad()`` if no gradient is wanted.
 
         Raises
         ------
