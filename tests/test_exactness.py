@@ -11,6 +11,7 @@ from symmetrize.testing import (
     declared,
     error_scale,
     geometries,
+    measure_batching,
     measure_equivariance,
     measure_periodicity,
     measure_permutation,
@@ -154,9 +155,9 @@ def test_forces_and_stress_are_exactly_equivariant(kind, dtype):
         assert not failures, "\n".join(failures)
 
 
-@pytest.mark.parametrize("measure", [measure_translation, measure_permutation, measure_periodicity])
+@pytest.mark.parametrize("measure", [measure_translation, measure_permutation, measure_periodicity, measure_batching])
 @pytest.mark.parametrize("kind", ["atom", "two-hop", "structure"])
-def test_translation_permutation_and_lattice_change_nothing(kind, measure):
+def test_translation_permutation_lattice_and_batch_change_nothing(kind, measure):
     f = model(kind, ECSE())
     pool = FINITE if kind == "structure" or measure is measure_permutation else ALL
     names = ["ethanol", "benzene", "methane", "propyne", "two N2, skew and near", "CO2"]
