@@ -393,8 +393,8 @@ def test_widths_of_ecse_are_positive(name, value):
 
 
 def test_other_parameters_of_ecse():
-    with refused(DeclarationError, "collinearity_width", "0.75"):
-        ECSE(collinearity_width=0.8)
+    with refused(DeclarationError, "collinearity_width", "less than 1"):
+        ECSE(collinearity_width=1.0)
     for fallback in ("Axial", None, 3, ToyLocal):
         with refused(DeclarationError, "ECSE", "fallback"):
             ECSE(fallback=fallback)
