@@ -12,7 +12,7 @@ from torch_geometric.data import Data
 
 from symmetrize import keys
 from symmetrize.backbone import Backbone, Copies
-from symmetrize.copies import copied_sizes, copy_environments, copy_stars, copy_structures, pack
+from symmetrize.copies import copy_environments, copy_stars, copy_structures, divide, edge_offsets
 from symmetrize.data import replace, with_neighbors
 from symmetrize.evaluation import Source, check_outputs, make_source, run_backbone, run_chunk
 from symmetrize.frames import FrameSet, Stratum
@@ -56,6 +56,8 @@ class Average:
         self.model, self.backbone, self.graph, self.frames = model, model.backbone, graph, frames
         self.energy, self.create_graph, self.spread = energy, create_graph, spread
         self.source: Source = make_source(self.backbone, graph)
+        # Once per batch: every chunk looks up its edges here.
+        self.edge_ptr = edge_offsets(graph)
         self.weights = frames.normalized_weights
         self.names = list(self.backbone.outputs)
         self.inputs = list(self.source.inputs)
@@ -125,33 +127,23 @@ class Average:
             self.cotangents.append(cotangent.to(tensor.dtype))
 
     def _chunks(self) -> Iterator[_Chunk]:
-        """Copies of similar size together, never more than chunk_size atoms unless a single copy is larger."""
-        frames, scope = self.frames, self.model.scope
-        hops = self.backbone.receptive_field
         limit = chunk_limit(self.model.chunk_size, self.graph[keys.POS].device)
-        point = frames.stratum == int(Stratum.POINT)
-        own = (frames.stratum != int(Stratum.AUXILIARY)) & (frames.weights.detach() > 0.0)
-        for invariant, chosen in ((False, own & ~point), (True, point)):
-            frame = chosen.nonzero()[:, 0]
-            if not len(frame):
-                continue
-            size = copied_sizes(self.graph, frames.owner[frame], scope, 0 if invariant else hops)
-            for part in pack(size, limit):
-                part = frame[part]
-                copies = self._copies(frames.owner[part], invariant)
-                yield _Chunk(part, copies, invariant, *self._rows(copies, frames.owner[part]))
+        for frame, _, invariant in divide(self.graph, self.frames, self.backbone.receptive_field, limit):
+            owner = self.frames.owner[frame]
+            copies = self._copies(owner, invariant)
+            yield _Chunk(frame, copies, invariant, *self._rows(copies, owner))
 
     def _copies(self, owner: Tensor, invariant: bool) -> Copies:
         if self.model.scope == "structure":
-            return copy_structures(self.graph, owner)
+            return copy_structures(self.graph, self.edge_ptr, owner)
         hops = 0 if invariant else int(self.backbone.receptive_field or 0)
         if self.backbone.shares_work and hops <= 1:
-            stars = copy_stars(self.graph, owner)
+            stars = copy_stars(self.edge_ptr, owner)
             if not invariant:
                 return stars
             none = stars.edge[:0]
             return stars._replace(edge=none, edge_copy=none, source=none, target=none)
-        return copy_environments(self.graph, owner, hops)
+        return copy_environments(self.graph, self.edge_ptr, owner, hops)
 
     def _rows(self, copies: Copies, owner: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         atoms = copies.atom_copy[copies.center], copies.atom[copies.center]
@@ -183,7 +175,7 @@ class Average:
         if auxiliary.cutoff is not None:
             graph = with_neighbors(replace(graph, **{keys.EDGE_CUTOFF: None}), auxiliary.cutoff)
         everything = torch.arange(self.n_structures, device=frames.owner.device)
-        copies = copy_structures(graph, everything)
+        copies = copy_structures(graph, edge_offsets(graph), everything)
         outputs = check_outputs(auxiliary, auxiliary(graph), copies, self.n_structures, graph)
         # The baseline of the backbone is added to everything in the end, that of the auxiliary model belongs here.
         own, other = self.backbone.baseline(graph), auxiliary.baseline(graph)

@@ -10,6 +10,7 @@ from torch_geometric.data import Data
 
 from symmetrize import keys
 from symmetrize.backbone import Copies
+from symmetrize.frames import FrameSet, Stratum
 from symmetrize.ops.ragged import gather_rows, offsets
 
 
@@ -22,9 +23,9 @@ def edge_offsets(batch: Data) -> Tensor:
     return offsets(torch.bincount(edges[1], minlength=n_atoms))
 
 
-def copy_structures(batch: Data, structures: Tensor) -> Copies:
-    """Copies of whole structures, one for every entry of ``structures``."""
-    atom_ptr, edge_ptr = batch[keys.PTR], edge_offsets(batch)
+def copy_structures(batch: Data, edge_ptr: Tensor, structures: Tensor) -> Copies:
+    """Copies of whole structures, one for every entry of ``structures``; ``edge_ptr`` is that of `edge_offsets`."""
+    atom_ptr = batch[keys.PTR]
     atom, atom_copy = gather_rows(atom_ptr, structures)
     # Edges are sorted by center and atoms by structure, so a structure's edges are contiguous.
     edge, edge_copy = gather_rows(edge_ptr[atom_ptr], structures)
@@ -36,22 +37,21 @@ def copy_structures(batch: Data, structures: Tensor) -> Copies:
     return Copies(atom, edge, atom_copy, edge_copy, ends[0] + shift, ends[1] + shift, center)
 
 
-def copy_stars(batch: Data, centers: Tensor) -> Copies:
+def copy_stars(edge_ptr: Tensor, centers: Tensor) -> Copies:
     """Copies of centers with their edges, without rows for the neighbors (for backbones that share work)."""
-    edge, edge_copy = gather_rows(edge_offsets(batch), centers)
+    edge, edge_copy = gather_rows(edge_ptr, centers)
     copy = torch.arange(centers.shape[0], device=centers.device)
     center = torch.ones_like(copy, dtype=torch.bool)
     return Copies(centers, edge, copy, edge_copy, torch.zeros_like(edge[:0]), edge_copy, center)
 
 
-def copy_environments(batch: Data, centers: Tensor, hops: int) -> Copies:
+def copy_environments(batch: Data, edge_ptr: Tensor, centers: Tensor, hops: int) -> Copies:
     """Copies of everything that an output of each center depends on after some number of message-passing hops.
 
     Edges are those that end on an atom within ``hops - 1`` of the center. Periodic images of one atom share a row: in a
     network that reads edge vectors they carry the same features. With 0 hops only the centers remain.
     """
     n_atoms = batch[keys.POS].shape[0]
-    edge_ptr = edge_offsets(batch)
     # A pair (copy, atom) is one integer; sorted pairs are grouped by copy and ascending by atom.
     pairs = torch.arange(centers.shape[0], device=centers.device) * n_atoms + centers
     inner = pairs[:0]
@@ -94,6 +94,27 @@ def pack(sizes: Tensor, limit: int) -> Iterator[Tensor]:
         stop = max(start + 1, int(torch.searchsorted(ends, before + limit, right=True)))
         yield order[start:stop]
         start, before = stop, int(ends[stop - 1])
+
+
+def divide(batch: Data, frames: FrameSet, hops: int | None, limit: int) -> Iterator[tuple[Tensor, int, bool]]:
+    """Frames to be evaluated together: what is evaluated, and what is predicted, is decided here.
+
+    Yields
+    ------
+    frame : Tensor of shape (n,)
+        Numbers of frames, such that their copies hold at most ``limit`` atoms, unless a single one is larger.
+    n_atoms : int
+        Atoms in their copies (an upper bound, see `copied_sizes`).
+    invariant : bool
+        Whether they belong to the point stratum: centers alone, invariant part of the outputs.
+    """
+    evaluated = (frames.stratum != int(Stratum.AUXILIARY)) & (frames.weights.detach() > 0.0)
+    point = frames.stratum == int(Stratum.POINT)
+    for invariant, chosen in ((False, evaluated & ~point), (True, evaluated & point)):
+        frame = chosen.nonzero()[:, 0]
+        sizes = copied_sizes(batch, frames.owner[frame], frames.scope, 0 if invariant else hops)
+        for part in pack(sizes, limit):
+            yield frame[part], int(sizes[part].sum()), invariant
 
 
 def _ends(batch: Data, edge: Tensor) -> Tensor:

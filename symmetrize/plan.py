@@ -8,7 +8,7 @@ import torch
 from torch_geometric.data import Data
 
 from symmetrize import keys
-from symmetrize.copies import copied_sizes, pack
+from symmetrize.copies import divide
 from symmetrize.frames import FrameSet, Stratum
 
 
@@ -75,11 +75,8 @@ def make_plan(batch: Data, frames: FrameSet, hops: int | None, chunk_size: int, 
     """Collect the numbers of a `Plan`."""
     evaluations = frames.evaluations
     busy = evaluations > 0
-    evaluated = (frames.stratum != int(Stratum.AUXILIARY)) & (frames.weights > 0.0)
-    point = frames.stratum == int(Stratum.POINT)
-    groups = [(evaluated & ~point, hops), (evaluated & point, 0)]
-    sizes = [copied_sizes(batch, frames.owner[group], frames.scope, reach) for group, reach in groups]
-    copied = int(torch.cat(sizes).sum())
+    sizes = [n_atoms for _, n_atoms, _ in divide(batch, frames, hops, chunk_size)]
+    copied = sum(sizes)
     names = {int(stratum): stratum.name.lower() for stratum in Stratum}
     counts = torch.bincount(frames.stratum, minlength=len(names)).tolist()
     n_atoms = int(batch[keys.POS].shape[0])
@@ -97,5 +94,5 @@ def make_plan(batch: Data, frames: FrameSet, hops: int | None, chunk_size: int, 
         strata={names[number]: int(count) for number, count in enumerate(counts)},
         copied_atoms=copied,
         cost_ratio=copied / n_atoms,
-        n_chunks=sum(1 for size in sizes for _ in pack(size, chunk_size)),
+        n_chunks=len(sizes),
     )

@@ -76,11 +76,6 @@ class PET(Backbone):
             setattr(self, name, value.to(device=getattr(self, name).device))
         return self
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Precision of the network."""
-        return self.network.edge_embedder.weight.dtype
-
     def baseline(self, batch: Data) -> dict[str, Tensor]:
         """Composition energies of the atoms, float64."""
         energies = self.composition.index_select(0, self._species(batch))
