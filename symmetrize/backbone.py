@@ -69,6 +69,9 @@ class Backbone(torch.nn.Module, ABC):
     #: Whether ``prepare`` and ``forward_frames`` are implemented.
     shares_work: bool = False
 
+    #: Atomic numbers that it knows; None: any.
+    species: tuple[int, ...] | None = None
+
     def __init__(
         self,
         *,

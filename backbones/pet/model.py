@@ -58,6 +58,7 @@ class PET(Backbone):
             outputs["non_conservative_forces"] = OutputSpec("1o", per="atom", unit="eV/A")
         super().__init__(outputs=outputs, cutoff=config.cutoff, receptive_field=config.receptive_field)
         self.config = config
+        self.species = tuple(config.atomic_types)
         self.metadata = dict(metadata or {})
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

@@ -1,0 +1,178 @@
+"""The workbench of a run: subject, structures, error scales and counters, shared by all checks."""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch_geometric.data import Batch, Data
+
+from symmetrize import keys
+from symmetrize.errors import DeclarationError, did_you_mean
+from symmetrize.representations import OutputSpec
+from symmetrize.testing.elements import Element, batched, split
+from symmetrize.testing.paths import Path
+from symmetrize.testing.profile import Profile
+from symmetrize.testing.scales import Scale, error_scale
+from symmetrize.testing.structures import YOURS, StructureSet
+from symmetrize.testing.subject import Subject
+from symmetrize.testing.symmetry_operations import symmetry_operations
+from symmetrize.testing.tolerances import tolerance
+
+if TYPE_CHECKING:
+    from ase import Atoms
+
+
+class Bench:
+    """What checks work with.
+
+    Parameters
+    ----------
+    subject : Subject
+    sets : dict of str to StructureSet
+        The first is the main one: error scales come from it.
+    profile : Profile
+    seed : int
+    trajectory : sequence of ase.Atoms, optional
+        Frames along which smoothness is checked.
+    references : dict of str to Tensor, optional
+        Reference values of outputs for the user's structures.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        sets: Mapping[str, StructureSet],
+        profile: Profile,
+        seed: int = 0,
+        trajectory: Sequence[Atoms] | None = None,
+        references: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        if not sets:
+            raise DeclarationError("structures: expected at least one that the model can take, got none")
+        self.subject, self.sets, self.profile, self.seed = subject, dict(sets), profile, seed
+        self.trajectory = list(trajectory) if trajectory else []
+        self.references = dict(references or {})
+        self.evaluations = 0
+        self.calls = 0
+        self._scales: dict[str, Scale] | None = None
+        self._own: dict[str, dict[str, Scale]] = {}
+        self._double: Bench | None = None
+
+    def model(self, batch: Data) -> dict[str, Tensor]:
+        """The subject's model, counted."""
+        self.calls += 1
+        self.evaluations += int(batch[keys.PTR].shape[0] - 1)
+        return self.subject.model(batch)
+
+    def generator(self, name: str) -> torch.Generator:
+        """Random numbers for one check, whatever ran before it."""
+        return torch.Generator().manual_seed(self.seed + zlib.crc32(name.encode()) % 1_000_003)
+
+    def __getitem__(self, name: str) -> StructureSet:
+        if name not in self.sets:
+            raise DeclarationError(f"structures: unknown set {name!r}, {did_you_mean(name, self.sets)}")
+        return self.sets[name]
+
+    @property
+    def main(self) -> StructureSet:
+        """The user's structures where there are any, else the generic ones of the library."""
+        for name in (YOURS, "generic", "periodic"):
+            if name in self.sets:
+                return self.sets[name]
+        return next(iter(self.sets.values()))
+
+    def periodic(self) -> StructureSet | None:
+        """Structures that are periodic in three directions, from one set."""
+        for name in (YOURS, "periodic", "crystals"):
+            found = self.sets.get(name)
+            if found is not None:
+                chosen = [k for k, full in enumerate(found.batch[keys.PBC].all(dim=1).tolist()) if full]
+                if chosen:
+                    return self.part(found, chosen)
+        return None
+
+    def part(self, found: StructureSet, chosen: Sequence[int]) -> StructureSet:
+        """Some of the structures of a set."""
+        singles = split(found.batch)
+        return dataclasses.replace(
+            found, names=tuple(found.names[k] for k in chosen), batch=batched([singles[k] for k in chosen])
+        )
+
+    def limit(self, found: StructureSet) -> float:
+        """Largest error on the error scale that is still rounding."""
+        if self.subject.tolerance is not None:
+            return self.subject.tolerance
+        return tolerance(self.subject.dtype, found.factor)
+
+    @property
+    def scales(self) -> dict[str, Scale]:
+        """The common error scale of every output: that of the main set (stress: of periodic structures)."""
+        if self._scales is None:
+            batch = self.main.batch
+            self._scales = dict(error_scale(self.model, batch, self.subject.declared(batch)))
+            crystals = self.periodic()
+            if self.subject.periodic_outputs and crystals is not None:
+                rest = {k: v for k, v in self.subject.periodic_outputs.items() if k not in self._scales}
+                if rest:
+                    self._scales |= error_scale(self.model, crystals.batch, rest)
+        return self._scales
+
+    def scale(self, found: StructureSet) -> dict[str, float]:
+        """Error scale of every output on a set: the common one, or that of the set where it is larger."""
+        if found.name not in self._own:
+            self._own[found.name] = error_scale(self.model, found.batch, self.subject.declared(found.batch))
+        own, common = self._own[found.name], self.scales
+        return {name: max(own[name].value, common[name].value if name in common else 0.0) for name in own}
+
+    def component_scale(self, found: StructureSet, outputs: Mapping[str, OutputSpec]) -> dict[str, float]:
+        """`scale` for outputs some of which are components of others, named ``"output: irrep"``."""
+        whole = self.scale(found)
+        return {name: whole[name.split(": ")[0]] for name in outputs if name.split(": ")[0] in whole} | {
+            name: value for name, value in whole.items() if name.startswith("atomic_")
+        }
+
+    def own_elements(self, found: StructureSet, group: str, limit: int = 4) -> list[Element]:
+        """A few symmetry operations of the structures of a set."""
+        out: list[Element] = []
+        for name, single in zip(found.names, split(found.batch), strict=True):
+            operations = [op for op in symmetry_operations(single) if not torch.allclose(op.matrix, torch.eye(3).double())]
+            proper = [op for op in operations if torch.linalg.det(op.matrix) > 0]
+            for op in (operations if group == "O(3)" else proper)[:limit]:
+                if not any(torch.allclose(op.matrix, e.matrix, atol=1e-9) for e in out):
+                    out.append(Element(f"{op.name} of {name}", op.matrix))
+        return out
+
+    def double(self) -> Bench:
+        """The same in float64 where the subject can be converted: for differences and derivatives."""
+        if self.subject.dtype == torch.float64 or self.subject.convert is None:
+            return self
+        if self._double is None:
+            self._double = self.converted(torch.float64)
+        return self._double
+
+    def converted(self, dtype: torch.dtype) -> Bench:
+        """The same subject and structures in another precision."""
+        if self.subject.convert is None:
+            raise DeclarationError(f"{self.subject.name}: cannot be converted to {dtype}")
+        from symmetrize.testing.structures import _cast
+
+        subject = self.subject.convert(dtype)
+        sets = {name: dataclasses.replace(s, batch=_cast(s.batch, subject)) for name, s in self.sets.items()}
+        return Bench(subject, sets, self.profile, self.seed, self.trajectory, self.references)
+
+    def turned(self, path: Path) -> Any:
+        """The structures of a path, in the subject's species."""
+        from symmetrize.testing.structures import _mapped
+
+        return lambda t: _mapped(path(t), self.subject)
+
+    def batch_of(self, structures: Sequence[Atoms]) -> Batch:
+        """ASE structures, prepared for the subject."""
+        from symmetrize.data import from_ase
+
+        return self.subject.prepare(from_ase(list(structures), dtype=self.subject.dtype))
