@@ -1,8 +1,9 @@
-"""The command line: ``symmetrize demo | train | evaluate | list``."""
+"""The command line: ``symmetrize demo | train | evaluate | check | list``."""
 
 from __future__ import annotations
 
 import functools
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +15,8 @@ from symmetrize import __version__
 from symmetrize.errors import SymmetrizeError
 
 
-def _friendly(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn our own errors into one line and exit status 1; leave bugs their traceback."""
+def _friendly(command: Callable[..., None], status: int = 1) -> Callable[..., None]:
+    """Turn our own errors into one line and an exit status; leave bugs their traceback."""
 
     @functools.wraps(command)
     def wrapper(*args: Any, **options: Any) -> None:
@@ -25,13 +26,32 @@ def _friendly(command: Callable[..., None]) -> Callable[..., None]:
             extra = {"lightning": "train", "matplotlib": "report", "jinja2": "report"}.get(str(error.name))
             if extra is None:
                 raise
-            raise click.ClickException(
-                f"this command needs {error.name}: pip install 'torch-symmetrize[{extra}]'"
+            raise _failure(
+                f"this command needs {error.name}: pip install 'torch-symmetrize[{extra}]'", status
             ) from error
         except SymmetrizeError as error:
-            raise click.ClickException(str(error)) from error
+            raise _failure(str(error), status) from error
 
     return wrapper
+
+
+class _CannotRun(click.ClickException):
+    """For a command whose status 1 is a verdict."""
+
+    exit_code = 2
+
+
+def _failure(message: str, status: int) -> click.ClickException:
+    return (_CannotRun if status == _CannotRun.exit_code else click.ClickException)(message)
+
+
+class _Recorded(click.Command):
+    """Keeps its arguments as they were given, to say in a report how to repeat it."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse, after having taken a copy."""
+        ctx.meta["command"] = shlex.join(["symmetrize", str(ctx.info_name), *args])
+        return super().parse_args(ctx, args)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -124,6 +144,102 @@ def evaluate(structures: Path, **options: Any) -> None:
     from symmetrize.evaluate import evaluate_file
 
     evaluate_file(structures, echo=click.echo, **options)
+
+
+@main.command(
+    cls=_Recorded,
+    short_help="Test the symmetries of any model: table, verdict, report.",
+    epilog="Exit status: 0 passed, 1 a check failed, 2 it could not be run.",
+)
+@click.argument("target", required=False)
+@click.option(
+    "--structures",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Your structures, beside the named geometries (any format of ASE).",
+)
+@click.option(
+    "--outputs",
+    multiple=True,
+    metavar="NAME=SPEC",
+    help="How an output of a torch module or function transforms; see above.",
+)
+@click.option(
+    "--group",
+    type=click.Choice(["O(3)", "SO(3)"]),
+    help="The group that is claimed; without inversion, parity is recorded only.  [default: of the model, else O(3)]",
+)
+@click.option("--symmetrize", is_flag=True, help="Check a backbone symmetrised by ECSE, instead of bare.")
+@click.option("--cutoff", type=float, help="Radius of the neighbor list that a torch module or function needs.")
+@click.option("--species", metavar="H,C,...", help="Elements that the model knows.  [default: of the model, else any]")
+@click.option(
+    "--tolerance", type=float, help="Largest error that is accepted, on the error scale.  [default: rounding]"
+)
+@click.option("--dtype", type=click.Choice(["float64", "float32"]), help="Convert to it.  [default: as the model is]")
+@click.option("--profile", type=click.Choice(["quick", "full"]), default="quick", show_default=True)
+@click.option("--only", multiple=True, metavar="ID", help="Run this check only (repeatable); 'check' or 'check[set]'.")
+@click.option("--skip", multiple=True, metavar="ID", help="Leave this check out (repeatable).")
+@click.option(
+    "--expect-failure",
+    "expected_failures",
+    multiple=True,
+    metavar="ID=REASON",
+    help="A known failure (repeatable); if it passes, that is a failure.",
+)
+@click.option("--references", is_flag=True, help="Compare with the energies and forces in the file of --structures.")
+@click.option(
+    "--trajectory",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Frames of the same atoms, along which outputs have to be smooth.",
+)
+@click.option(
+    "--library/--no-library",
+    default=None,
+    help="Also on named geometries (linear, planar, crystals, ...).  [default: yes for a Symmetrizer or Backbone, else "
+    "without --structures only]",
+)
+@click.option(
+    "--report",
+    type=click.Path(dir_okay=False, path_type=Path),
+    multiple=True,
+    help="Write a report: .html, .md or .json (repeatable).",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of random rotations, permutations, ...")
+@click.option("--list", "list_only", is_flag=True, help="List the checks (those of TARGET, where given), and stop.")
+@click.option("--quiet", is_flag=True, help="Only the table and the verdict.")
+@click.pass_context
+@functools.partial(_friendly, status=2)
+def check(ctx: click.Context, target: str | None, **options: Any) -> None:
+    """Test the symmetries of TARGET, any model of structures of atoms.
+
+    \b
+    TARGET is one of
+      package.module:object   of your code: a Symmetrizer, a Backbone, an ASE calculator, a torch
+                              module or function of a batch (with --outputs), or a function
+                              without arguments that returns one of these; also file.py:object
+      pet:ethanol             a registered backbone (see 'symmetrize list')
+      model.pt                an exported metatomic model
+
+    \b
+    For example
+      symmetrize check pet:ethanol --symmetrize --report report.html
+      symmetrize check ase.calculators.emt:EMT --species Al,Cu
+      symmetrize check my_model.py:net --outputs energy=0e:structure --outputs forces=1o:atom
+
+    \b
+    SPEC is REPRESENTATION[:ROWS[:UNIT]]
+      REPRESENTATION  e3nn irreps (0e, 1o, 0e+2e), a Cartesian formula (i, ij, ij=ji), or a word:
+                      scalar, pseudoscalar, vector, pseudovector, tensor, symmetric-tensor
+      ROWS            atom or structure: what a row belongs to (default: found from their number);
+                      sum or mean: rows of atoms, whose sum or mean is the output
+    """
+    from symmetrize.check import check_target, list_checks
+
+    if target is None:
+        if not options["list_only"]:
+            raise click.UsageError("Missing argument 'TARGET'; see 'symmetrize check --help'.")
+        list_checks(click.echo)
+        return
+    ctx.exit(check_target(target, echo=click.echo, command=ctx.meta["command"], **options))
 
 
 @main.command("list")

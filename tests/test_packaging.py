@@ -35,7 +35,9 @@ RUNGS = {
     "calculators": 5,
     "training": 5,
     "report": 5,
+    "pytest_plugin": 5,
     "evaluate": 5,
+    "check": 5.5,
     "demo": 5.5,
     "cli": 6,
 }

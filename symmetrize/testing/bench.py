@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from torch_geometric.data import Batch, Data
 from symmetrize import keys
 from symmetrize.errors import DeclarationError, did_you_mean
 from symmetrize.representations import OutputSpec
-from symmetrize.testing.elements import Element, batched, split
+from symmetrize.testing.elements import Element, batched, copied, split
 from symmetrize.testing.paths import Path
 from symmetrize.testing.profile import Profile
 from symmetrize.testing.scales import Scale, error_scale
@@ -41,6 +42,8 @@ class Bench:
         Frames along which smoothness is checked.
     references : dict of str to Tensor, optional
         Reference values of outputs for the user's structures.
+    library : bool
+        Whether named geometries and paths may be used.
     """
 
     def __init__(
@@ -51,23 +54,43 @@ class Bench:
         seed: int = 0,
         trajectory: Sequence[Atoms] | None = None,
         references: Mapping[str, Tensor] | None = None,
+        library: bool = True,
     ) -> None:
         if not sets:
             raise DeclarationError("structures: expected at least one that the model can take, got none")
         self.subject, self.sets, self.profile, self.seed = subject, dict(sets), profile, seed
         self.trajectory = list(trajectory) if trajectory else []
         self.references = dict(references or {})
+        self.library = library
         self.evaluations = 0
-        self.calls = 0
+        self._independent: bool | None = None
         self._scales: dict[str, Scale] | None = None
         self._own: dict[str, dict[str, Scale]] = {}
         self._double: Bench | None = None
 
     def model(self, batch: Data) -> dict[str, Tensor]:
-        """The subject's model, counted."""
-        self.calls += 1
-        self.evaluations += int(batch[keys.PTR].shape[0] - 1)
-        return self.subject.model(batch)
+        """The subject's model, counted.
+
+        Where the structures of a batch turn out to influence each other, they are evaluated one by one: that fault has a
+        check of its own, and shall not pass for others.
+        """
+        n = int(batch[keys.PTR].shape[0] - 1)
+        self.evaluations += n
+        if n == 1 or self.independent:
+            return self.subject.model(batch)
+        singles = [self.subject.model(single) for single in split(batch)]
+        return {name: torch.cat([single[name] for single in singles]) for name in singles[0]}
+
+    @property
+    def independent(self) -> bool:
+        """Whether a structure of the main set has, to a millionth, the same outputs alone and in the batch."""
+        if self._independent is None:
+            self._independent = True
+            try:
+                self._independent = _independent(self.subject, self.main.batch)
+            except Exception:  # whatever it is, it will come up again where it is reported
+                pass
+        return self._independent
 
     def generator(self, name: str) -> torch.Generator:
         """Random numbers for one check, whatever ran before it."""
@@ -123,11 +146,18 @@ class Bench:
         return self._scales
 
     def scale(self, found: StructureSet) -> dict[str, float]:
-        """Error scale of every output on a set: the common one, or that of the set where it is larger."""
+        """Error scale of every output on a set: the common one, or that of the set where it is larger; its size where it
+        is constant, and 1 where it is zero."""
         if found.name not in self._own:
             self._own[found.name] = error_scale(self.model, found.batch, self.subject.declared(found.batch))
         own, common = self._own[found.name], self.scales
-        return {name: max(own[name].value, common[name].value if name in common else 0.0) for name in own}
+        out = {}
+        for name in own:
+            both = [scale for scale in (own[name], common.get(name)) if scale is not None]
+            # A constant output fails its own check, and is compared with itself in the others.
+            largest = max(scale.value for scale in both) or max(scale.magnitude for scale in both)
+            out[name] = largest if 0.0 < largest < math.inf else 1.0
+        return out
 
     def component_scale(self, found: StructureSet, outputs: Mapping[str, OutputSpec]) -> dict[str, float]:
         """`scale` for outputs some of which are components of others, named ``"output: irrep"``."""
@@ -163,7 +193,7 @@ class Bench:
 
         subject = self.subject.convert(dtype)
         sets = {name: dataclasses.replace(s, batch=_cast(s.batch, subject)) for name, s in self.sets.items()}
-        return Bench(subject, sets, self.profile, self.seed, self.trajectory, self.references)
+        return Bench(subject, sets, self.profile, self.seed, self.trajectory, self.references, self.library)
 
     def turned(self, path: Path) -> Any:
         """The structures of a path, in the subject's species."""
@@ -176,3 +206,21 @@ class Bench:
         from symmetrize.data import from_ase
 
         return self.subject.prepare(from_ase(list(structures), dtype=self.subject.dtype))
+
+
+def _independent(subject: Subject, batch: Batch) -> bool:
+    together = subject.model(copied(batch))
+    for n, single in enumerate(split(batch)[:3]):
+        alone = subject.model(copied(single))
+        for name in subject.declared(batch):
+            rows = together[name].detach()
+            if len(rows) == batch[keys.PTR].shape[0] - 1:
+                mine = rows[n : n + 1]
+            elif len(rows) == batch[keys.POS].shape[0]:
+                mine = rows[batch[keys.BATCH] == n]
+            else:
+                continue
+            size = float(rows.abs().max())
+            if not float((alone[name].detach() - mine).abs().max()) <= 1e-6 * size:
+                return False
+    return True

@@ -15,14 +15,20 @@ from symmetrize.representations import OutputSpec
 from symmetrize.testing.tolerances import tolerance
 
 #: Numbers that are kept of a tensor (random rows of larger ones), and features up to which a matrix is fitted.
-_NUMBERS, _FEATURES = 2**19, 512
+_NUMBERS, _FEATURES = 2**16, 512
 #: Variation below this fraction of the RMS is not what errors are compared with.
 _SMALL = 1e-3
 #: Rows beyond twice the number of features that a fit needs.
 _SPARE = 16
 
 LINEAR, OFFSET = "linear representation", "vector + constant"
-BREAKS, NOT_FINITE, RANDOM, NOT_COMPARABLE = "breaks", "not finite", "not deterministic", "not comparable"
+BREAKS, MISLABELED, NOT_FINITE, RANDOM, NOT_COMPARABLE = (
+    "breaks",
+    "not as declared",
+    "not finite",
+    "not deterministic",
+    "not comparable",
+)
 
 #: Hypothesis: its label, and which axes it is about.
 _Name = tuple[str, tuple[int, ...]]
@@ -58,7 +64,9 @@ class Track:
         self.difference = 0.0
         self.chosen: Tensor | None = None
         n_rows = tensor.shape[0] if tensor.dim() else 1
-        kept = max(64, _NUMBERS * n_rows // tensor.numel())
+        width = tensor.numel() // n_rows
+        # Never fewer than a fit can do with.
+        kept = max(64, _NUMBERS // width, 4 * width if width <= _FEATURES else 0)
         if kept < n_rows:
             self.chosen = torch.randperm(n_rows, generator=torch.Generator().manual_seed(0))[:kept].sort().values
         self.reference = self._rows(tensor)
@@ -167,21 +175,23 @@ class Track:
         fitting = [name for name, total in totals.items() if total <= limit]
 
         def about(name: _Name, label: str | None, note: str = "") -> Verdict:
+            label = "constant" if self.constant and label == "invariant" else label
             improper, proper = self.residuals[name]
             return Verdict(label, totals[name], proper, improper, note)
 
         if self.binding and self.spec is not None:
-            name = (_label(self.spec), ())
+            name: _Name = (_label(self.spec), ())
             if name in fitting:
                 return about(name, name[0])
-            others = [label for label, _ in fitting if label not in (LINEAR, OFFSET)]
-            instead = f", transforms as {others[0]}" if others else ""
-            return about(name, BREAKS, f"declared as {name[0]}{instead}")
+            others = [label for label, _ in fitting if label != OFFSET]
+            if not others:
+                return about(name, BREAKS, f"declared as {name[0]}")
+            return about(name, MISLABELED, f"declared as {name[0]}, transforms as {others[0]}")
         if fitting:
             name = fitting[0]
             if name[0] == OFFSET:  # a vector in all but a fixed vector: no linear map was meant here
                 return about(("vector", name[1]), BREAKS, "a vector, but for a constant one")
-            return about(name, "constant" if self.constant and name[0] == "invariant" else name[0])
+            return about(name, name[0])
         best = min((name for name in totals if name[0] != OFFSET), key=lambda name: totals[name])
         return about(best, BREAKS if self._excludable else None)
 

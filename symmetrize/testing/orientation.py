@@ -243,10 +243,12 @@ def measure_orientation_variance(
         remainder = variance - power.sum(dim=(1, 2))
         power[:, 0, 0] = mean.reshape(len(mean), -1).square().mean(dim=1)
         # Below zero only by rounding.
-        parts = [
+        variance, power, remainder = (
             _finite(_structure_mean(x, value.owner, n_structures)).clamp(min=0.0) for x in (variance, power, remainder)
-        ]
-        out[name] = Spectrum(name, _finite(mean), *parts, scales[name], degree, len(elements))
+        )
+        out[name] = Spectrum(
+            name, _finite(mean), variance, power, remainder, scales[name], degree, n_elements=len(elements)
+        )
     return out
 
 

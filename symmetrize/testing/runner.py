@@ -82,7 +82,7 @@ def make_bench(
         sets[YOURS] = users_set(subject, structures, n)
     if use_library:
         sets |= library_sets(subject, chosen)
-    return Bench(subject, sets, chosen, seed, trajectory, references)
+    return Bench(subject, sets, chosen, seed, trajectory, references, use_library)
 
 
 def tasks(bench: Bench, only: Sequence[str] | None = None, skip: Sequence[str] = ()) -> Iterator[Task]:

@@ -25,7 +25,7 @@ from symmetrize.testing.symmetry_operations import Operation, idealized
 #: A cluster of eigenvalues is degenerate below this spread, relative to the RMS eigenvalue.
 _DEGENERATE = 1e-8
 
-#: No more structures than this in one call of a model, and no more atoms unless a single structure has them.
+#: No more structures than this in one call of a model, and no more atoms unless a single batch has them.
 _MAX_STRUCTURES, _MAX_ATOMS = 256, 8192
 
 
@@ -142,7 +142,7 @@ def measure_symmetric_sites(
     for name, value in reference.items():
         for s, found in enumerate(operations):
             rows = value.rows[value.owner == s]
-            if len(found) < 2:
+            if len(found) < 2 or not rows.numel():
                 continue
             anything = torch.randn(rows.shape, dtype=torch.float64, generator=probe)
             if float(_forbidden(anything, value, found, parts[s]).abs().max()) < 1e-6:
@@ -152,7 +152,9 @@ def measure_symmetric_sites(
             residual = torch.where(torch.isfinite(residual), residual, torch.full_like(residual, math.inf))
             demanded.setdefault(name, []).append((s, float(residual.max()), float(residual.square().mean().sqrt())))
     if not demanded:
-        raise InvalidInputError("measure_symmetric_sites: expected structures whose symmetry demands something, got none")
+        raise InvalidInputError(
+            "measure_symmetric_sites: expected structures whose symmetry demands something, got none"
+        )
     scales = resolve_scale(f, together, outputs, reference, scale)
     out = {}
     for name, entries in demanded.items():
@@ -256,7 +258,8 @@ def measure_degeneracies(
     The Hessian H, by central differences of the forces with one step of Richardson extrapolation, is projected onto
     the matrices that commute with all symmetry operations, :math:`H_G = \frac{1}{|G|} \sum_g T_g H T_g^T`. Within the
     space of every cluster of equal eigenvalues of :math:`H_G`, an exact model has equal eigenvalues of H; their spread
-    is the splitting. No minimum of the energy is needed.
+    is the splitting. No minimum of the energy is needed. Eigenvalues that are equal for another reason, such as those
+    of translations, form a cluster as well, and are equal in an exact model for that reason.
 
     Parameters
     ----------
@@ -289,10 +292,9 @@ def measure_degeneracies(
         raise InvalidInputError("measure_degeneracies: expected a structure with symmetry, got one without")
     ideal = replace(ideal, masses=batch.get("masses"))
     h = step if step is not None else (1e-3 if pos.dtype == torch.float64 else 5e-2)
-    coarse, fine = _hessian(f, ideal, h, forces), _hessian(f, ideal, h / 2, forces)
     root = weights.sqrt().repeat_interleave(3)
-    full = (4 * fine - coarse) / 3 / (root[:, None] * root)
-    doubt = ((fine - coarse) / (root[:, None] * root)).norm()
+    first, second, third = (_hessian(f, ideal, h / 2**k, forces) / (root[:, None] * root) for k in (0, 0, 0))
+    coarse, full = (4 * second - first) / 3, (4 * third - second) / 3
     hessian, skew = 0.5 * (full + full.T), 0.5 * (full - full.T)
     if not bool(torch.isfinite(full).all()):
         cluster = Cluster(math.nan, 3 * n_atoms, math.inf)
@@ -302,10 +304,10 @@ def measure_degeneracies(
     scale = float(values.square().mean().sqrt())
     starts = [k for k in range(len(values)) if k == 0 or float(values[k] - values[k - 1]) > _DEGENERATE * scale]
     clusters = []
-    for first, last in zip(starts, [*starts[1:], len(values)], strict=True):
-        space = modes[:, first:last]
+    for start, end in zip(starts, [*starts[1:], len(values)], strict=True):
+        space = modes[:, start:end]
         inside = torch.linalg.eigvalsh(space.T @ hessian @ space)
-        clusters.append(Cluster(float(values[first:last].mean()), last - first, float(inside[-1] - inside[0])))
+        clusters.append(Cluster(float(values[start:end].mean()), end - start, float(inside[-1] - inside[0])))
 
     def relative(matrix: Tensor, size: float) -> float:
         return float(matrix.norm()) / size if size > 0.0 else math.inf
@@ -316,7 +318,7 @@ def measure_degeneracies(
         scale,
         relative(hessian - projected, size),
         relative(skew, float(hessian.norm())),
-        relative(doubt, size),
+        relative(full - coarse, size),
         len(operations),
     )
 
@@ -327,20 +329,41 @@ def _hessian(f: Model, batch: Batch, h: float, name: str) -> Tensor:
     n_atoms = len(pos)
     steps = h * torch.eye(3 * n_atoms, dtype=torch.float64).reshape(-1, n_atoms, 3)
     positions = pos + torch.cat([steps, -steps])
-    chunk = max(1, min(_MAX_STRUCTURES, _MAX_ATOMS // n_atoms))
-    results = []
-    for part in positions.split(chunk):
-        copies = moved_to(batched([batch] * len(part)), part.reshape(-1, 3).to(batch[keys.POS].device))
-        result = f(copied(copies))
-        shape = tuple(result[name].shape) if name in result else None
-        if shape != (len(part) * n_atoms, 3):
-            raise BackboneOutputError(f"{name}: expected shape {(len(part) * n_atoms, 3)}, got {shape}")
-        results.append(result[name].detach().to("cpu", torch.float64).reshape(len(part), -1))
-    plus, minus = torch.cat(results).chunk(2)
+    plus, minus = forces_at(f, batch, positions, name).flatten(1).chunk(2)
     # The steps that were really made: in float32 they are rounded.
     made = positions.to(batch[keys.POS].dtype).to(torch.float64).reshape(2, 3 * n_atoms, -1)
     lengths = torch.diagonal(made[0] - made[1])
     return ((minus - plus) / lengths[:, None]).T
+
+
+def forces_at(f: Model, batch: Batch, positions: Tensor, name: str = "forces") -> Tensor:
+    """Forces of a batch at many positions, as many of them in one call as a model should be asked for.
+
+    Parameters
+    ----------
+    f : callable
+    batch : Batch
+        Validated; its neighbor list is built anew where there is one.
+    positions : Tensor of shape (n, n_atoms, 3)
+    name : str
+        Of the output.
+
+    Returns
+    -------
+    Tensor of shape (n, n_atoms, 3), float64, on the CPU
+    """
+    n_structures, n_atoms = batch[keys.PTR].shape[0] - 1, positions.shape[1]
+    parts = positions.split(max(1, min(_MAX_STRUCTURES // n_structures, _MAX_ATOMS // n_atoms)))
+    copies = {n: batched([batch] * n) for n in {len(part) for part in parts}}
+    out = []
+    for part in parts:
+        moved = moved_to(copies[len(part)], part.reshape(-1, 3).to(batch[keys.POS].device))
+        result = f(copied(moved))
+        shape = tuple(result[name].shape) if name in result else None
+        if shape != (len(part) * n_atoms, 3):
+            raise BackboneOutputError(f"{name}: expected shape {(len(part) * n_atoms, 3)}, got {shape}")
+        out.append(result[name].detach().to("cpu", torch.float64).reshape(part.shape))
+    return torch.cat(out)
 
 
 def _commuting(hessian: Tensor, operations: Sequence[Operation]) -> Tensor:

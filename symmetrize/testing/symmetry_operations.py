@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import warnings
@@ -117,13 +118,13 @@ def idealized(
     labels = _labels(fields, len(pos), tolerance)
     for shrink in range(8):
         found = _search(pos, cell[pbc], labels, tolerance / 4.0**shrink)
-        found = found.only([_keeps(fields, g, p, tolerance) for g, p in zip(found.matrices, found.permutations)])
+        found = found.only([_keeps(fields, g, p, tolerance) for g, p in found.pairs()])
         if found.closed():
             break
     else:
         found = found.only([k == 0 for k in range(len(found.matrices))])
     if len(found.matrices) == 1:
-        return batch, found.operations()
+        return moved_to(batch, batch[keys.POS].detach()), found.operations()
     # One pass leaves the square of the error, a second its fourth power.
     for _ in range(3):
         found = found.averaged()
@@ -133,9 +134,7 @@ def idealized(
     changed = {}
     for name, (spec, rows) in fields.items():
         if batch[name].is_floating_point():
-            mean = torch.stack(
-                [_applied(spec, rows, g, p) for g, p in zip(found.matrices, found.permutations, strict=True)]
-            ).mean(dim=0)
+            mean = torch.stack([_applied(spec, rows, g, p) for g, p in found.pairs()]).mean(dim=0)
             changed[name] = mean.reshape(batch[name].shape).to(batch[name])
     return replace(out, **changed), found.operations()
 
@@ -181,11 +180,12 @@ def _applied(spec: OutputSpec | None, rows: Tensor, matrix: Tensor, permutation:
 
 
 def _keeps(fields: _Fields, matrix: Tensor, permutation: Tensor, tolerance: float) -> bool:
-    return all(
-        bool(((_applied(spec, rows, matrix, permutation) - rows).abs() <= tolerance * max(1.0, rows.abs().max())).all())
-        for spec, rows in fields.values()
-        if spec is not None and rows.numel()
-    )
+    for spec, rows in fields.values():
+        if spec is not None and rows.numel():
+            change = (_applied(spec, rows, matrix, permutation) - rows).abs().max()
+            if not float(change) <= tolerance * max(1.0, float(rows.abs().max())):
+                return False
+    return True
 
 
 # --- search -------------------------------------------------------------------------------------------------------
@@ -210,10 +210,14 @@ class _Found:
     fit: _Fit
     is_group: bool
 
+    def pairs(self) -> Iterable[tuple[Tensor, Tensor]]:
+        """Matrices and permutations."""
+        return zip(self.matrices, self.permutations, strict=True)
+
     def only(self, keep: list[bool]) -> _Found:
         k = torch.tensor(keep)
-        rows = (self.matrices[k], self.permutations[k], self.images[k], self.codes[k])
-        return _Found(self.pos, self.lattice, *rows, self.fit, self.is_group)
+        rows = {name: getattr(self, name)[k] for name in ("matrices", "permutations", "images", "codes")}
+        return dataclasses.replace(self, **rows)
 
     def translations(self) -> Tensor:
         """Tensor of shape (n, 3)."""
@@ -224,23 +228,26 @@ class _Found:
         """Positions averaged over all operations, and the matrices that belong to them."""
         target = self.pos[self.permutations] + self.images @ self.lattice - self.translations()[:, None]
         pos = (target @ self.matrices).mean(dim=0)
-        matrices = torch.stack(
-            [self.fit(pos, g, p) for g, p in zip(self.matrices, self.permutations, strict=True)]
-        )
-        return _Found(
-            pos, self.lattice, matrices, self.permutations, self.images, self.codes, self.fit, self.is_group
-        )
+        return dataclasses.replace(self, pos=pos, matrices=torch.stack([self.fit(pos, g, p) for g, p in self.pairs()]))
 
     def closed(self) -> bool:
         """Whether all products are among the operations (of finite parts of infinite groups they need not be)."""
         if not self.is_group:
             return True
-        known = {(c.numpy().tobytes(), p.numpy().tobytes()) for c, p in zip(self.codes, self.permutations)}
-        for code, permutation in zip(self.codes, self.permutations, strict=True):
-            products = zip(code @ self.codes, permutation[self.permutations], strict=True)
-            if any((c.numpy().tobytes(), p.numpy().tobytes()) not in known for c, p in products):
-                return False
-        return True
+        generator = torch.Generator().manual_seed(0)
+        weights = [
+            torch.randint(-(2**40), 2**40, x[0].shape, generator=generator) for x in (self.codes, self.permutations)
+        ]
+
+        def number(codes: Tensor, permutations: Tensor) -> Tensor:
+            """Tells (code, permutation) apart, but for a chance of the order of 1e-12."""
+            return (codes * weights[0]).sum(dim=(1, 2)) + (permutations * weights[1]).sum(dim=1)
+
+        known = number(self.codes, self.permutations)
+        return all(
+            bool(torch.isin(number(code @ self.codes, permutation[self.permutations]), known).all())
+            for code, permutation in zip(self.codes, self.permutations, strict=True)
+        )
 
     def operations(self) -> list[Operation]:
         out = []
@@ -255,18 +262,20 @@ class _Found:
                     name = f"translation by {shifted}" if name == "identity" else f"{name}, shifted by {shifted}"
             out.append(Operation(name, matrix, permutation))
         # Identity first, then translations, rotations, and what is improper.
-        order = ("identity", "translation")
-        return sorted(
-            out,
-            key=lambda o: (o.name != order[0], not o.name.startswith(order[1]), float(torch.linalg.det(o.matrix)) < 0),
-        )
+        return sorted(out, key=_rank)
+
+
+def _rank(operation: Operation) -> int:
+    if float(torch.linalg.det(operation.matrix)) < 0:
+        return 3
+    return {"identity": 0, "translation": 1}.get(operation.name.split()[0], 2)
 
 
 def _search(pos: Tensor, lattice: Tensor, labels: Tensor, tolerance: float) -> _Found:
     if len(lattice) >= 2:
         return _crystal(pos, lattice, labels, tolerance)
     center = pos.mean(dim=0)
-    _, singular, right = torch.linalg.svd(pos - center, full_matrices=True)
+    right = torch.linalg.svd(pos - center, full_matrices=True)[2]
     axis = right[0] if len(lattice) == 0 else torch.nn.functional.normalize(lattice[0], dim=0)
     across = (pos - center) - ((pos - center) @ axis)[:, None] * axis
     straight = float(across.norm(dim=1).max()) <= tolerance
@@ -388,9 +397,7 @@ def _line(pos: Tensor, lattice: Tensor, labels: Tensor, tolerance: float, axis: 
 
     def candidates() -> Iterable[tuple[Tensor, Tensor, Tensor]]:
         for i, along in itertools.product(alike, (1, -1)):
-            fitting = [
-                (float((z[i] * (z[far].conj() if hand == 1 else z[far])).angle()), hand) for hand in (1, -1)
-            ]
+            fitting = [(float((z[i] * (z[far].conj() if hand == 1 else z[far])).angle()), hand) for hand in (1, -1)]
             for n, (angle, hand) in enumerate(turns if straight else fitting):
                 matrix = element(angle, hand, along)
                 shift = center - matrix @ center

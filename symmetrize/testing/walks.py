@@ -51,7 +51,8 @@ class Walk:
 
     def __init__(self, root: torch.nn.Module) -> None:
         self.modules: dict[str, torch.nn.Module] = {}
-        skipped, closed = [], []
+        skipped: list[str] = []
+        closed: list[str] = []
         for name, module in root.named_modules():
             if any(name.startswith(prefix) for prefix in closed):
                 continue
@@ -67,7 +68,8 @@ class Walk:
     def run(self, f: Callable[[Data], Any], batch: Data, see: _See, inputs: frozenset[tuple[str, int]] | None) -> None:
         """Evaluate; show every output, or only the inputs of some calls."""
         self.calls.clear()
-        clock, stack = itertools.count(), []
+        clock = itertools.count()
+        stack: list[Call] = []
 
         def before(name: str, _: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             self.calls[name] += 1
@@ -125,18 +127,18 @@ def follow(
         parent = walk.modules.get(call.ancestors[-1][0]) if call.ancestors else None
         module = walk.modules[call.name]
         declared = (None, False) if inputs is not None else _declared(module, parent, path, tensor)
-        tracks[(*call.key, path)] = Tracked(call, path, type(module).__name__, Track(tensor, *declared))
+        tracks[call.name, call.number, path] = Tracked(call, path, type(module).__name__, Track(tensor, *declared))
 
     for number, (element, batch) in enumerate(cases):
         if number == 0:
             walk.run(f, batch, first, inputs)
             continue
-        seen = set()
+        seen: set[Key] = set()
 
         def again(
             call: Call, path: str, tensor: Tensor, seen: set[Key] = seen, element: Element | None = element
         ) -> None:
-            key = (*call.key, path)
+            key = (call.name, call.number, path)
             if key in tracks and key not in seen:
                 tracks[key].track.compare(tensor, None if element is None else element.matrix)
             seen.add(key)
@@ -151,8 +153,9 @@ def _declared(
     module: torch.nn.Module, parent: torch.nn.Module | None, path: str, tensor: Tensor
 ) -> tuple[OutputSpec | None, bool]:
     """What an output is declared to be, and whether the module itself says so about this very tensor."""
-    if isinstance(module, (Backbone, Symmetrizer)) and path in module.outputs:
-        spec = module.outputs[path]
+    backbone = module.backbone if isinstance(module, Symmetrizer) else module
+    if isinstance(backbone, Backbone) and path in backbone.outputs:
+        spec = backbone.outputs[path]
         return (spec, True) if tensor.shape[1:] == spec.shape else (None, False)
     for owner, binding in ((module, not path), (parent, False)):
         irreps = getattr(owner, "irreps_out", None)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 from e3nn import o3
-from e3nn.io import CartesianTensor
 from torch import Tensor
 
+from symmetrize.ops.quadrature import rotation_quadrature
+from symmetrize.ops.wigner import wigner
 from symmetrize.representations import OutputSpec
 from symmetrize.testing.bench import Bench
 from symmetrize.testing.measures import Measurement
@@ -24,22 +26,26 @@ def every_set(bench: Bench) -> Sequence[str]:
 
 
 def findings(
-    measured: Measurement, found: StructureSet, limit: float | None, magnitudes: Mapping[str, float] | None = None
+    measured: Measurement, found: StructureSet, limit: float | None
 ) -> list[Finding]:
     """One finding per output, with the case and the structure of its largest error.
 
-    ``magnitudes``: size of what an output is made of; a rounding of it is no error, however small the scale.
+    To the limit is added what a few roundings of the output itself amount to on the error scale: a large constant, such
+    as a total energy, costs digits that no model can keep.
     """
     out = []
+    eps = torch.finfo(measured.dtype).eps
     for name, deviation in measured.outputs.items():
         case, structure = deviation.worst
+        scale = deviation.scale
+        allowed = None if limit is None else limit + (8.0 * eps * scale.magnitude / scale.value if scale.value else 0.0)
         out.append(
             Finding(
                 quantity=name,
                 number=deviation.relative,
-                limit=limit,
+                limit=allowed,
                 rms=deviation.relative_rms,
-                scale=deviation.scale.value,
+                scale=scale.value,
                 worst=f"{case}, {found.names[structure]}",
             )
         )
@@ -69,49 +75,49 @@ def by_irrep(model: Model, outputs: Mapping[str, OutputSpec]) -> tuple[Model, di
     Parts of outputs that are irreducible already are left out. Cartesian tensors are decomposed with all components
     independent, whatever symmetry is declared, so that a part which should vanish is seen too.
     """
-    parts: dict[str, list[tuple[str, OutputSpec]]] = {}
-    changes: dict[str, Tensor] = {}
+    parts: dict[str, dict[str, Tensor]] = {}
     for name, spec in outputs.items():
-        if spec.cartesian is not None:
-            if spec.rank < 2:
-                continue
-            tensor = CartesianTensor("abcdefgh"[: spec.rank])
-            irreps = o3.Irreps(tensor)
-            changes[name] = tensor.reduced_tensor_products().change_of_basis.to(torch.float64)
-        else:
-            irreps = o3.Irreps(spec.irreps)
-        if len({str(ir) for _, ir in irreps}) > 1:
-            parts[name] = [
-                (f"{name}: {ir}", OutputSpec(str(o3.Irreps([(n, ir)])), per=spec.per, reduce=spec.reduce))
-                for ir, n in _multiplicities(irreps).items()
-            ]
-    every = {**outputs, **{part: spec for listed in parts.values() for part, spec in listed}}
+        projectors = _projectors(spec.irreps, spec.rank)
+        if len(projectors) > 1:
+            parts[name] = {f"{name}: {ir}": projector for ir, projector in projectors.items()}
+    every = dict(outputs)
+    for name, listed in parts.items():
+        spec = outputs[name]
+        free = OutputSpec(cartesian="abcdefgh"[: spec.rank], per=spec.per, reduce=spec.reduce) if spec.rank else spec
+        every |= dict.fromkeys(listed, free)
 
     def f(batch: Any) -> dict[str, Tensor]:
         out = dict(model(batch))
         for name, listed in parts.items():
-            spec = outputs[name]
             rows = out[name].detach().to("cpu", torch.float64)
-            if spec.cartesian is not None:
-                flat = torch.einsum("k...,n...->nk", changes[name], rows)
-                irreps = o3.Irreps(CartesianTensor("abcdefgh"[: spec.rank]))
-            else:
-                flat, irreps = rows.reshape(len(rows), -1), o3.Irreps(spec.irreps)
-            for part, part_spec in listed:
-                wanted = o3.Irreps(part_spec.irreps)[0].ir
-                columns = [
-                    flat[:, window]
-                    for (_, ir), window in zip(irreps, irreps.slices(), strict=True)
-                    if ir == wanted
-                ]
-                out[part] = torch.cat(columns, dim=1).reshape(len(rows), *part_spec.shape)
+            for part, projector in listed.items():
+                out[part] = (rows.reshape(len(rows), -1) @ projector).reshape(rows.shape)
         return out
 
     return f, every
 
 
-def _multiplicities(irreps: o3.Irreps) -> dict[o3.Irrep, int]:
-    out: dict[o3.Irrep, int] = {}
-    for n, ir in irreps:
-        out[ir] = out.get(ir, 0) + n
+@lru_cache(maxsize=64)
+def _projectors(irreps: str | None, rank: int) -> dict[str, Tensor]:
+    """Orthogonal projectors onto the isotypic parts of a representation, by irrep: symmetric (dim, dim) matrices.
+
+    For a Cartesian tensor by its characters, :math:`P_l = (2l + 1) \\int \\chi_l(g) \\rho(g) dg`.
+    """
+    if irreps is not None:
+        parsed = o3.Irreps(irreps)
+        of_row = [str(ir) for n, ir in parsed for _ in range(n * ir.dim)]
+        return {
+            ir: torch.diag(torch.tensor([float(row == ir) for row in of_row], dtype=torch.float64))
+            for ir in dict.fromkeys(of_row)
+        }
+    rotations, weights = rotation_quadrature(2 * rank)
+    product = rotations
+    for _ in range(rank - 1):
+        product = torch.einsum("nij,nkl->nikjl", product, rotations).reshape(len(product), 3 * product.shape[1], -1)
+    out = {}
+    for l in range(rank + 1):
+        character = torch.einsum("nii->n", wigner(l, rotations))
+        projector = (2 * l + 1) * torch.einsum("n,nij->ij", weights * character, product)
+        if float(projector.abs().max()) > 1e-9:
+            out[f"{l}{'e' if rank % 2 == 0 else 'o'}"] = 0.5 * (projector + projector.T)
     return out

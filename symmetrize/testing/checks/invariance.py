@@ -130,7 +130,7 @@ def check_batch_independence(bench: Bench, on: str) -> Outcome:
     """
     found = _several(bench)
     measured = measure_batching(
-        bench.model, found.batch, bench.subject.declared(found.batch), scale=bench.scale(bench.main)
+        bench.subject.model, found.batch, bench.subject.declared(found.batch), scale=bench.scale(bench.main)
     )
     return judged(measured, found, bench.limit(found))
 

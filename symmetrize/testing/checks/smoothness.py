@@ -1,0 +1,266 @@
+"""Do outputs jump, and where?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from symmetrize import keys
+from symmetrize.ops.rotations import about_axis, random_rotations
+from symmetrize.testing.bench import Bench
+from symmetrize.testing.catalog import check
+from symmetrize.testing.elements import batched, split, transform
+from symmetrize.testing.outcome import Finding, Outcome
+from symmetrize.testing.paths import Path, paths
+from symmetrize.testing.scales import evaluate
+from symmetrize.testing.smoothness import Curve, Smoothness, measure_smoothness
+
+if TYPE_CHECKING:
+    from ase import Atoms
+    from torch_geometric.data import Batch
+
+#: Largest jump of value, first and second derivative over the largest size of each on the scan. A method that drops
+#: weights below 1e-10 stays below the first; the others are what step halving can tell from a steep slope.
+LIMITS = (1e-8, 1e-5, 2e-2)
+
+#: A jump that is no more than this many times the rounding noise of its difference is not told from it.
+_NOISE = 30.0
+
+_ORDERS = ("value", "first derivative", "second derivative")
+
+
+def judge_smoothness(found: Smoothness, smooth: int = 1) -> list[Finding]:
+    """One finding per derivative: its largest jump, over the range of the curve or the largest size of that derivative.
+
+    Parameters
+    ----------
+    found : Smoothness
+        Of a curve of components of order one.
+    smooth : int
+        Highest derivative that has to be continuous; higher ones are recorded.
+    """
+    sizes = (max(found.span, 1e-2), max(found.max_first, 1e-1), max(found.max_second, 1.0))
+    out = []
+    for jump, size, limit, name in zip(found.jumps, sizes, LIMITS, _ORDERS, strict=True):
+        number = jump.size / size if math.isfinite(size) else math.inf
+        allowed = max(limit, _NOISE * jump.noise / size) if math.isfinite(jump.noise) else limit
+        judged = allowed if jump.order <= smooth else None
+        out.append(Finding(name, number, judged, unit="of its range", worst=f"t = {jump.location:.9g}"))
+    return out
+
+
+def scan(bench: Bench, curve: Curve, events: Sequence[float], title: str, n_points: int | None = None) -> Outcome:
+    """Scan a curve of all outputs, judge it, and keep what a figure needs."""
+    found = measure_smoothness(
+        curve,
+        events=events,
+        n_points=n_points or bench.profile.n_points,
+        n_candidates=bench.profile.n_candidates,
+    )
+    listed = judge_smoothness(found, bench.subject.smooth)
+    shown = _shown(found.values)
+    plot = {
+        "kind": "scan",
+        "title": title,
+        "x_label": "t",
+        "t": found.t.tolist(),
+        "series": {f"component {k}": found.values[: len(found.t), k].tolist() for k in shown},
+        "jumps": [
+            {"order": j.order, "t": j.location, "size": f.number, "limit": f.limit, "ok": f.ok}
+            for j, f in zip(found.jumps, listed, strict=True)
+        ],
+    }
+    return Outcome(tuple(listed), (plot,), note=title)
+
+
+def _shown(values: Tensor, n: int = 4) -> list[int]:
+    """The components that vary most."""
+    spread = (values.amax(dim=0) - values.amin(dim=0)).nan_to_num(math.inf)
+    return spread.topk(min(n, len(spread))).indices.tolist()
+
+
+def all_outputs(bench: Bench, at: Callable[[Sequence[float]], Batch]) -> Curve:
+    """Every output along a path, each divided by its range on it (or a hundredth of its error scale, if larger).
+
+    Parameters
+    ----------
+    at : callable
+        Values of t -> a batch of the structures there.
+    """
+    sizes: dict[str, float] = {}
+
+    def rows(t: Tensor) -> dict[str, Tensor]:
+        batch = at([float(x) for x in t])
+        found = evaluate(bench.model, batch, bench.subject.declared(batch))
+        return {name: value.rows.reshape(len(t), -1) for name, value in found.items()}
+
+    coarse = rows(torch.linspace(0.0, 1.0, 12, dtype=torch.float64)[1:-1])
+    for name, values in coarse.items():
+        scale = bench.scales[name].value if name in bench.scales else 0.0
+        spread = float((values.amax(dim=0) - values.amin(dim=0)).max())
+        sizes[name] = max(spread if math.isfinite(spread) else 0.0, 1e-2 * scale) or 1.0
+
+    def curve(t: Tensor) -> Tensor:
+        return torch.cat([values / sizes[name] for name, values in rows(t).items()], dim=1)
+
+    return curve
+
+
+def _paths(bench: Bench) -> dict[str, Path]:
+    subject, wanted = bench.subject, bench.profile.paths
+    if not bench.library:
+        return {}
+    out = {}
+    for name, path in paths(subject.reach if subject.reach is not None and subject.reach > 2.0 else 4.0).items():
+        periodic = bool(path(0.5).pbc.any())
+        allowed = subject.periodic if periodic else subject.finite
+        if allowed and (wanted is None or name in wanted):
+            out[name] = path
+    return out
+
+
+@check(
+    "Smooth through critical geometries",
+    claim="smoothness",
+    targets=lambda bench: list(_paths(bench)),
+    cost=lambda bench, on: 12 * bench.profile.n_points + 2500 * bench.profile.n_candidates,
+)
+def check_smoothness(bench: Bench, on: str) -> Outcome:
+    """Outputs and their derivatives are continuous where neighbors come and go, atoms fall in line, or distances tie.
+
+    When it fails: a neighbor drops out at a cutoff with weight left; the nearest neighbor is chosen by argmax or by a
+    sort; a frame flips where it is ill-defined; a polynomial switch is not smooth enough; a ReLU has its kink there.
+
+    Number: one-sided polynomials are extrapolated to a place from either side and compared, the step is halved until
+    rounding: the smallest jump seen (an upper bound), over the range of the value or the largest size of the derivative.
+    """
+    bench = bench.double()
+    path = _paths(bench)[on]
+    structure = bench.turned(path)
+    curve = all_outputs(bench, lambda t: bench.batch_of([structure(x) for x in t]))
+    return scan(bench, curve, path.events, path.what)
+
+
+@check(
+    "Smooth under rotation",
+    claim="smoothness",
+    # Where rotations are claimed, the error over a cover of all orientations says more.
+    targets=lambda bench: [] if "rotations" in bench.subject.claims else [""],
+    cost=lambda bench, on: (2 if bench.profile.n_axes < 4 else 12) * (12 * bench.profile.n_points + 1500),
+    needs=lambda bench: "" if bench.main.finite else "the structures are periodic",
+)
+def check_rotation_smoothness(bench: Bench, on: str) -> Outcome:
+    """Outputs do not jump while the structure turns all the way around an axis.
+
+    When it fails: the model chooses by absolute direction (a sign, an argmax or a bin of a coordinate), or has a patch
+    of orientations in which it is another model.
+
+    Number: as for critical geometries, along full turns of the first structure about random axes.
+    """
+    bench = bench.double()
+    axes = random_rotations(2 if bench.profile.n_axes < 4 else 12, bench.generator("axes"))
+    single = bench.part(bench.main, [0]).batch
+    worst: Outcome | None = None
+    for k, rotation in enumerate(axes):
+        curve = all_outputs(bench, _turning(bench, single, rotation))
+        found = scan(bench, curve, (), f"turn {k} of {bench.main.names[0]}", n_points=max(101, bench.profile.n_points))
+        if worst is None or _excess(found) > _excess(worst):
+            worst = found
+    return worst if worst is not None else Outcome(())
+
+
+def _excess(outcome: Outcome) -> float:
+    return 0.0 if outcome.worst is None else outcome.worst.excess
+
+
+def _turning(bench: Bench, single: Batch, rotation: Tensor) -> Callable[[Sequence[float]], Batch]:
+    axis = rotation[:, 0]
+    vectors = dict(bench.subject.vectors)
+
+    def at(t: Sequence[float]) -> Batch:
+        return batched([transform(single, about_axis(axis, 2 * math.pi * x) @ rotation, vectors) for x in t])
+
+    return at
+
+
+@check(
+    "Smooth along the trajectory",
+    claim="smoothness",
+    targets=lambda bench: ["trajectory"] if bench.trajectory else [],
+    cost=lambda bench, on: 40 * len(bench.trajectory) + 2500 * bench.profile.n_candidates,
+)
+def check_trajectory_smoothness(bench: Bench, on: str) -> Outcome:
+    """Outputs and their derivatives are continuous along the given trajectory, joined by a cubic spline.
+
+    When it fails: as for critical geometries; the location says between which frames.
+
+    Number: as for critical geometries; t is the number of the frame over the number of the last.
+    """
+    bench = bench.double()
+    path = trajectory_path(bench.trajectory)
+    curve = all_outputs(bench, lambda t: bench.batch_of([path(x) for x in t]))
+    n = len(bench.trajectory)
+    found = measure_smoothness(
+        curve, n_points=max(bench.profile.n_points, 20 * (n - 1) + 1), n_candidates=3 * bench.profile.n_candidates
+    )
+    listed = judge_smoothness(found, bench.subject.smooth)
+    listed = [
+        Finding(f.quantity, f.number, f.limit, unit=f.unit, worst=f"{f.worst}, at frame {j.location * (n - 1):.4f}")
+        for f, j in zip(listed, found.jumps, strict=True)
+    ]
+    plot = {
+        "kind": "scan",
+        "title": "trajectory",
+        "x_label": "frame",
+        "t": (found.t[: len(found.values)] * (n - 1)).tolist(),
+        "series": {f"component {k}": found.values[:, k].tolist() for k in _shown(found.values)},
+        "jumps": [
+            {"order": j.order, "t": j.location * (n - 1), "size": f.number, "limit": f.limit, "ok": f.ok}
+            for j, f in zip(found.jumps, listed, strict=True)
+        ],
+    }
+    return Outcome(tuple(listed), (plot,))
+
+
+def trajectory_path(frames: Sequence[Atoms]) -> Path:
+    """The frames of a trajectory joined by a cubic spline, t from 0 to 1 (not-a-knot: twice continuous).
+
+    Positions have to be unwrapped: an atom that jumps across the cell between two frames is moved across all of it.
+
+    Raises
+    ------
+    InvalidInputError
+        Fewer than two frames, or frames of different atoms.
+    """
+    import numpy as np
+    from scipy.interpolate import CubicSpline
+
+    from symmetrize.errors import InvalidInputError
+
+    if len(frames) < 2:
+        raise InvalidInputError(f"trajectory: expected two or more frames, got {len(frames)}")
+    first = frames[0]
+    for k, atoms in enumerate(frames):
+        if len(atoms) != len(first) or (atoms.numbers != first.numbers).any() or (atoms.pbc != first.pbc).any():
+            raise InvalidInputError(f"trajectory: expected the same atoms in every frame, frame {k} differs")
+    knots = np.linspace(0.0, 1.0, len(frames))
+    if len(frames) == 2:
+        ends = np.stack([frames[0].positions, frames[1].positions]), np.stack([f.cell.array for f in frames])
+        positions, cells = (lambda t: ends[0][0] + t * (ends[0][1] - ends[0][0])), (
+            lambda t: ends[1][0] + t * (ends[1][1] - ends[1][0])
+        )
+    else:
+        positions = CubicSpline(knots, np.stack([f.positions for f in frames]))
+        cells = CubicSpline(knots, np.stack([f.cell.array for f in frames]))
+
+    def build(t: float) -> Atoms:
+        atoms = first.copy()
+        atoms.set_cell(cells(t))
+        atoms.positions = positions(t)
+        return atoms
+
+    return Path("trajectory", build, (), "along the given frames")
