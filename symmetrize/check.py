@@ -22,7 +22,7 @@ from symmetrize.registry import list_backbones, load_backbone
 from symmetrize.symmetrizer import Symmetrizer
 from symmetrize.testing.catalog import all_checks
 from symmetrize.testing.declarations import SYNTAX, read_declaration
-from symmetrize.testing.front import as_subject, explain_failures, report_paths, save_report
+from symmetrize.testing.front import EXPORTED_SUFFIXES, as_subject, explain_failures, report_paths, save_report
 from symmetrize.testing.outcome import Finding, Report, Result, Verdict
 from symmetrize.testing.parametrize import is_factory
 from symmetrize.testing.runner import make_bench, run, tasks
@@ -33,9 +33,6 @@ if TYPE_CHECKING:
 
 #: Exit statuses.
 PASSED, FAILED, NOT_RUN = 0, 1, 2
-
-#: Files that are taken for exported metatomic models.
-_EXPORTED = (".pt", ".ptm")
 
 _WORST_FIRST = (
     Verdict.ERROR,
@@ -179,7 +176,7 @@ def load_target(target: str) -> Any:
     DeclarationError, InvalidInputError
         Nothing of that name, or code that raises.
     """
-    if target.endswith(_EXPORTED):
+    if target.endswith(EXPORTED_SUFFIXES):
         if not Path(target).is_file():
             raise InvalidInputError(f"target: no such file: {target}")
         return Path(target)
@@ -233,7 +230,7 @@ def _guarded(target: str, load: Callable[[], Any]) -> Any:
 
 def _summary(error: Exception) -> str:
     last = traceback.extract_tb(error.__traceback__)[-1]
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split())[:400]
     return f"{type(error).__name__}: {text} ({last.filename}, line {last.lineno})"
 
 

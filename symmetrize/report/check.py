@@ -138,7 +138,14 @@ def check_markdown(report: Report) -> str:
         columns = [("check",), ("verdict",), ("worst",), ("number",), ("limit",), ("where or why",)]
         rows = [[r.id, r.verdict.value, *_row(r)[1:]] for r in judged]
         table = Table("All checks", columns, [[_cell(c) for c in row] for row in rows]).markdown()
-        lines += [f"<details><summary>All {len(judged)} checks that were judged</summary>", "", table, "", "</details>", ""]
+        lines += [
+            f"<details><summary>All {len(judged)} checks that were judged</summary>",
+            "",
+            table,
+            "",
+            "</details>",
+            "",
+        ]
     if recorded:
         columns = [("check",), ("worst",), ("number",), ("where",)]
         rows = [[c for k, c in enumerate(_row(r)) if k != 3] for r in recorded]
@@ -287,7 +294,9 @@ def _matters(found: Finding) -> list[str]:
         return ["That is a visible part of what the model predicts: results depend on it."]
     if found.number >= 1e-6:
         return ["Small beside what the model predicts, but no rounding: it can show in derivatives and in long runs."]
-    return ["Invisible in a single prediction, but more than rounding explains: something is not exact, or less precise."]
+    return [
+        "Invisible in a single prediction, but more than rounding explains: something is not exact, or less precise."
+    ]
 
 
 def _not_claimed(report: Report) -> list[str]:
@@ -389,7 +398,12 @@ def _cell(text: str) -> str:
 def _about(report: Report) -> str:
     e = report.environment
     versions = ", ".join(f"{name} {v}" for name, v in dict(e.get("versions", {})).items())
-    parts = [f"Python {e['python']}" if "python" in e else "", str(e.get("machine", "")), versions, str(e.get("date", ""))]
+    parts = [
+        f"Python {e['python']}" if "python" in e else "",
+        str(e.get("machine", "")),
+        versions,
+        str(e.get("date", "")),
+    ]
     return ", ".join(part for part in parts if part)
 
 

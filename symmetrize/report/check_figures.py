@@ -321,7 +321,9 @@ def _bars(plot: Mapping[str, Any], name: str) -> Drawing | None:
         axes.set_xlabel(plain(plot.get("y_label", "")))
 
     title = str(plot.get("title", ""))
-    return Drawing(_draw(name, title, paint, (5.0, 0.9 + 0.34 * len(labels))), title, "Logarithmic axis." if log else "")
+    return Drawing(
+        _draw(name, title, paint, (5.0, 0.9 + 0.34 * len(labels))), title, "Logarithmic axis." if log else ""
+    )
 
 
 def _layers(plot: Mapping[str, Any], name: str) -> Drawing | None:
@@ -341,7 +343,7 @@ def _layers(plot: Mapping[str, Any], name: str) -> Drawing | None:
         text = "".join(f"<td>{html.escape(str(cell))}</td>" for cell in cells)
         bar = "" if missing else f'<span class="bar"><i style="width:{share:.1f}%"></i></span>'
         value = "" if missing else number(float(residual))
-        rows.append(f'<tr{" class=culprit" if here else ""}>{text}<td>{value}</td><td>{bar}</td></tr>')
+        rows.append(f"<tr{' class=culprit' if here else ''}>{text}<td>{value}</td><td>{bar}</td></tr>")
     head = "".join(f"<th>{h}</th>" for h in ("layer", "type", "shape", "transforms as", "residual", ""))
     body = f'<div class="wide tall"><table class="layers" id="{name}"><tr>{head}</tr>{"".join(rows)}</table></div>'
     if culprit is None:
@@ -378,9 +380,7 @@ def _mark_holes(axes: Any, x: np.ndarray, series: Mapping[str, np.ndarray]) -> N
     for y in series.values():
         holes = x[: len(y)][~np.isfinite(y)]
         holes = holes[np.isfinite(holes)]
-        axes.plot(
-            holes, np.full(len(holes), 0.97), "v", color=BAD, markersize=7, transform=axes.get_xaxis_transform()
-        )
+        axes.plot(holes, np.full(len(holes), 0.97), "v", color=BAD, markersize=7, transform=axes.get_xaxis_transform())
 
 
 def _legend(axes: Any, n: int) -> None:

@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from symmetrize.report.check_figures import numbers
 
 #: log10 of the smallest error that is told from zero.
@@ -74,8 +76,7 @@ def dataset(structures: Sequence[Mapping[str, Any]], limit: float | None) -> dic
         "dataset": {
             "meta": {"name": "structures of the check"},
             "structures": [_structure(s) for s in drawable],
-            "properties": properties
-            or {"structure": {"target": "structure", "values": list(range(len(drawable)))}},
+            "properties": properties or {"structure": {"target": "structure", "values": list(range(len(drawable)))}},
             "environments": [
                 {"structure": k, "center": i, "cutoff": 0.0}
                 for k, s in enumerate(drawable)
@@ -110,23 +111,30 @@ def _finite(positions: Sequence[Sequence[Any]]) -> bool:
 def _structure(entry: Mapping[str, Any]) -> dict[str, Any]:
     from ase.data import chemical_symbols
 
-    x, y, z = zip(*(numbers(row).tolist() for row in entry["positions"]), strict=True)
+    x, y, z = (np.array([numbers(row) for row in entry["positions"]]) @ _TILT).T.tolist()
     out = {
         "size": len(entry["numbers"]),
         "names": [chemical_symbols[n] if 0 <= n < len(chemical_symbols) else "X" for n in entry["numbers"]],
-        "x": list(x),
-        "y": list(y),
-        "z": list(z),
+        "x": x,
+        "y": y,
+        "z": z,
     }
-    cell = [numbers(row).tolist() for row in entry.get("cell") or []]
-    if len(cell) == 3 and all(entry.get("pbc", ())) and abs(_determinant(cell)) > 1e-8:
-        out["cell"] = [value for row in cell for value in row]
+    cell = np.array([numbers(row) for row in entry.get("cell") or []])
+    if cell.shape == (3, 3) and all(entry.get("pbc", ())) and abs(float(np.linalg.det(cell))) > 1e-8:
+        out["cell"] = (cell @ _TILT).ravel().tolist()
     return out
 
 
-def _determinant(m: Sequence[Sequence[float]]) -> float:
-    (a, b, c), (d, e, f), (g, h, i) = m
-    return a * (e * i - f * h) - b * (d * i - f * g) + c * (d * h - e * g)
+def _turn(axis: int, degrees: float) -> np.ndarray:
+    c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    matrix = np.eye(3)
+    i, j = [k for k in range(3) if k != axis]
+    matrix[i, i], matrix[i, j], matrix[j, i], matrix[j, j] = c, -s, s, c
+    return matrix
+
+
+#: The first view is along z; in planes and axes of symmetry, where structures like to lie, atoms hide each other.
+_TILT = _turn(2, 8.0) @ _turn(1, 28.0) @ _turn(0, 17.0)
 
 
 def _log(error: float) -> float:
@@ -136,13 +144,15 @@ def _log(error: float) -> float:
 
 
 def _range(values: Sequence[float], limit: float | None) -> tuple[float, float]:
-    """Colors: rounding only is one calm range; otherwise the four decades below the largest error."""
+    """Colors: one calm range for rounding; otherwise up to the largest error, over two decades at most."""
     finite = [v for v in values if math.isfinite(v)]
     top = max(finite, default=0.0)
     rounding = math.log10(limit) if limit is not None and limit > 0.0 else -10.0
     if top <= rounding and len(finite) == len(values):
         return FLOOR, rounding
-    return math.floor(top) - 3.0, math.ceil(top)
+    high = math.ceil(2.0 * top) / 2.0
+    low = math.floor(2.0 * min(finite, default=high)) / 2.0
+    return min(max(low, high - 2.0), high - 1.0), high
 
 
 def _largest(errors: Sequence[Any]) -> float:

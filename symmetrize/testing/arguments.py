@@ -12,6 +12,7 @@ import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from symmetrize import keys
 from symmetrize.data import assemble, validate
 from symmetrize.errors import BackboneOutputError, DeclarationError, InvalidInputError, InvalidTypeError, did_you_mean
 from symmetrize.representations import OutputSpec
-from symmetrize.testing.subject import CLAIMS, Subject
+from symmetrize.testing.subject import Subject
 
 #: Prefix of the fields that hold arguments, so that no argument is taken for a field of that name.
 _PREFIX = "argument_"
@@ -31,7 +32,7 @@ _PREFIX = "argument_"
 _ROW, _SAMPLE = "row_number", "sample_number"
 
 #: What can be seen without a structure behind the numbers: nothing is shifted, periodic, batched or differentiated.
-_ARGUMENT_CLAIMS = frozenset({"rotations", "inversion", "permutation", "determinism", "purity", "precision"})
+_ARGUMENT_CLAIMS = frozenset({"rotations", "inversion", "permutation", "determinism", "purity"})
 
 Inputs = Mapping[str, Tensor | tuple[Tensor, str | None]]
 Outputs = Mapping[str, OutputSpec | str] | Sequence[OutputSpec | str] | OutputSpec | str
@@ -88,7 +89,7 @@ def of_arguments(
     Returns
     -------
     subject : Subject
-        Claims rotations, inversion, permutation, determinism, purity, precision, and with ``positions`` translation.
+        Claims rotations, inversion, permutation, determinism, purity, and with ``positions`` translation and precision.
     batch : Batch
         One structure per sample.
 
@@ -125,9 +126,6 @@ def of_arguments(
         found["convert"] = lambda other: of_arguments(
             copy.deepcopy(module).to(other), inputs, outputs, positions=positions, **{**options, "dtype": other}
         )[0]
-    else:
-        # A function may hold constants of one precision.
-        found["claims"] = claims - {"precision"}
     return Subject(**{**found, **options}), batch
 
 
@@ -168,7 +166,7 @@ class ArgumentsModel(torch.nn.Module):
         """What the function returns for every structure."""
         out = []
         ptr = batch[keys.PTR].tolist()
-        for s, (first, last) in enumerate(zip(ptr[:-1], ptr[1:], strict=True)):
+        for s, (first, last) in enumerate(pairwise(ptr)):
             sample = self.samples[int(batch[_SAMPLE][s, 0])]
             # Row that each original row is in now.
             now = torch.argsort(batch[_ROW][first:last])
@@ -211,11 +209,13 @@ def _sample(one: Any) -> dict[str, tuple[Tensor, str | None]]:
     for name, value in one.items():
         tensor, irreps = value if isinstance(value, tuple) else (value, None)
         if not isinstance(tensor, Tensor):
-            raise InvalidTypeError(f"inputs[{name!r}]: expected a Tensor or (Tensor, irreps), got {type(tensor).__name__}")
+            raise InvalidTypeError(
+                f"inputs[{name!r}]: expected a Tensor or (Tensor, irreps), got {type(tensor).__name__}"
+            )
         if irreps is not None:
             OutputSpec(irreps)
             dim = o3.Irreps(irreps).dim
-            if not tensor.is_floating_point() or tensor.dim() < 1 or tensor.shape[-1] != dim:
+            if not tensor.is_floating_point() or (dim > 1 and tensor.shape[-1:] != (dim,)):
                 raise InvalidInputError(
                     f"inputs[{name!r}]: expected floating numbers of shape (..., {dim}) as irreps {irreps} have, "
                     f"got {tensor.dtype} {tuple(tensor.shape)}"
@@ -280,7 +280,8 @@ def _arranged(
         generator = torch.Generator().manual_seed(5)
         pos = [3.0 * torch.randn(n, 3, dtype=torch.float64, generator=generator) for n in counts]
     else:
-        claims.add("translation")
+        # Both are measured by moving positions.
+        claims |= {"translation", "precision"}
     batch = assemble(
         pos=torch.cat(pos).to(dtype),
         counts=torch.tensor(counts),
@@ -350,8 +351,10 @@ def _specs(call: ArgumentsModel, batch: Batch, outputs: Outputs) -> dict[str, _R
 
 def _take(value: Any, index: str | int | None, name: str) -> Tensor:
     if index is not None:
-        missing = index not in value if isinstance(value, Mapping) else (
-            not isinstance(value, (tuple, list)) or not isinstance(index, int) or index >= len(value)
+        missing = (
+            index not in value
+            if isinstance(value, Mapping)
+            else (not isinstance(value, (tuple, list)) or not isinstance(index, int) or index >= len(value))
         )
         if missing:
             raise DeclarationError(f"outputs: {name!r} is declared, but f returned {_described(value)}")

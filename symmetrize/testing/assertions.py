@@ -14,14 +14,15 @@ from torch_geometric.data import Data
 from symmetrize.backbone import Backbone
 from symmetrize.data import from_ase
 from symmetrize.errors import DeclarationError, InvalidInputError, InvalidTypeError
-from symmetrize.representations import check_group
+from symmetrize.representations import OutputSpec, check_group
+from symmetrize.testing.declarations import read_declaration
 from symmetrize.symmetrizer import Symmetrizer
-from symmetrize.testing.elements import copied
 from symmetrize.testing.front import CheckFailure, as_subject, is_calculator
 from symmetrize.testing.outcome import Finding, Report, worst_first
 from symmetrize.testing.paths import Path
 from symmetrize.testing.profile import PROFILES
 from symmetrize.testing.runner import run
+from symmetrize.testing.scales import evaluate
 from symmetrize.testing.smoothness import Curve, measure_smoothness
 from symmetrize.testing.subject import Subject
 
@@ -32,13 +33,14 @@ if TYPE_CHECKING:
 
 __all__ = ["assert_equivariant", "assert_smooth"]
 
-_ROTATIONS = ("finite_outputs", "nontrivial_outputs", "rotation_equivariance")
+#: Without these the others prove nothing.
+_SOUND = ("finite_outputs", "nontrivial_outputs")
 
 
 def assert_equivariant(
     f: Callable[..., Any],
-    inputs: Atoms | Data | Sequence[Atoms | Data] | Mapping[str, Any],
-    outputs: Outputs | None = None,
+    inputs: Atoms | Data | Sequence[Atoms | Data] | Mapping[str, Any] | Sequence[Mapping[str, Any]],
+    outputs: Outputs | Sequence[OutputSpec | str] | None = None,
     *,
     group: str = "O(3)",
     tolerance: float | None = None,
@@ -58,9 +60,10 @@ def assert_equivariant(
         Batch -> Tensor or dict of Tensor; where ``inputs`` is a dict, ``f(**inputs)`` -> Tensor, dict or tuple of them.
         A Symmetrizer, Backbone or `Subject` declares its own outputs.
     inputs : Atoms, Data, a sequence of them, or dict of str to Tensor or (Tensor, irreps)
-        One or more structures; or named arguments, of which those with irreps are turned.
+        One or more structures; or named arguments (see `of_arguments`), of which those with irreps are turned.
     outputs : dict of str to OutputSpec or str, or one of them
-        Declarations such as ``"1o"``, ``"vector:structure"`` (see `read_declaration`).
+        Declarations such as ``"1o"``, ``"vector:structure"`` (see `read_declaration`); for a function that returns a
+        tuple, a sequence of them.
     group : {"O(3)", "SO(3)"}
     tolerance : float, optional
         Largest error on the error scale; by default rounding in the dtype of the inputs.
@@ -85,12 +88,14 @@ def assert_equivariant(
     if vectors is not None:
         settings["vectors"] = dict(vectors)
     structures: Any = inputs
-    if isinstance(inputs, Mapping) and not isinstance(inputs, Data):
+    if _are_arguments(inputs):
         from symmetrize.testing.arguments import of_arguments
 
         if outputs is None:
             raise DeclarationError("outputs: expected the representation of what f returns, such as '1o', got none")
-        subject, structures = of_arguments(f, inputs, outputs, **settings)
+        if vectors is not None:
+            raise DeclarationError("vectors: expected irreps beside the argument, as (Tensor, irreps)")
+        subject, structures = of_arguments(f, structures, _returned(outputs), **settings)
     else:
         if "dtype" not in settings and (dtype := _dtype(inputs)) is not None:
             settings["dtype"] = dtype
@@ -100,10 +105,32 @@ def assert_equivariant(
     # Outside of any check, so that an exception in the model arrives as it is.
     _evaluate_once(subject, structures)
     profile = dataclasses.replace(PROFILES["quick"], name="assertion", n_structures=None, n_elements=n_elements)
-    only = [*_ROTATIONS, *(["inversion_equivariance"] if group == "O(3)" else [])]
+    only = [*_SOUND, "rotation_equivariance", *(["inversion_equivariance"] if group == "O(3)" else [])]
     report = run(subject, structures, profile=profile, seed=seed, library=False, only=only)
     if not report.ok:
-        raise CheckFailure(_explain(report, f"not equivariant under {group}"))
+        raise CheckFailure(_explain(report, group))
+
+
+def _are_arguments(inputs: Any) -> bool:
+    if isinstance(inputs, (list, tuple)) and inputs:
+        return all(isinstance(one, Mapping) for one in inputs)
+    return isinstance(inputs, Mapping)
+
+
+def _returned(outputs: Any) -> Any:
+    """Declarations of what a function of tensors returns: irreps as text where the number of rows shall decide."""
+    if isinstance(outputs, OutputSpec):
+        return outputs
+    if isinstance(outputs, str):
+        declaration = read_declaration(outputs)
+        if declaration.rows_known:
+            return declaration.spec
+        if declaration.spec.rank > 1:
+            raise DeclarationError(f"outputs: expected rows for a tensor, such as '{outputs}:atom', got {outputs!r}")
+        return declaration.spec.irreps or "1o"
+    if isinstance(outputs, Mapping):
+        return {name: _returned(spec) for name, spec in outputs.items()}
+    return [_returned(spec) for spec in outputs]
 
 
 def _dtype(inputs: Any) -> torch.dtype | None:
@@ -115,23 +142,31 @@ def _dtype(inputs: Any) -> torch.dtype | None:
 def _evaluate_once(subject: Subject, structures: Any) -> None:
     from symmetrize.testing.structures import users_set
 
-    found = users_set(subject, structures, None)
-    subject.model(copied(found.batch))
+    batch = users_set(subject, structures, None).batch
+    evaluate(subject.model, batch, subject.declared(batch))
 
 
-def _explain(report: Report, headline: str) -> str:
-    lines = [f"{report.subject['name']} is {headline} (seed={report.seed})"]
-    for result in worst_first(report.failures):
+def _explain(report: Report, group: str) -> str:
+    name, seed = report.subject["name"], f"(seed={report.seed})"
+    # Where an output is not finite or constant, nothing else is worth saying.
+    unsound = [r for check in _SOUND for r in report.failures if r.check == check][:1]
+    verdict = "cannot be told to be" if unsound else "is not"
+    lines = [f"{name} {verdict} equivariant under {group} {seed}"]
+    for result in unsound or worst_first(report.failures):
         lines.append(f"{result.title}: {result.reason or 'failed'}")
         if result.outcome is not None:
             worst = sorted(result.outcome.findings, key=lambda f: (-f.excess, -f.number))
-            lines += [f"  {_with_scale(f)}" for f in worst[:4] if not f.ok]
+            lines += [f"  {_described(f, result.check)}" for f in worst[:4] if not f.ok]
         lines.append(f"  probably: {result.suspicion}")
     return "\n".join(lines)
 
 
-def _with_scale(finding: Finding) -> str:
+def _described(finding: Finding, check: str) -> str:
     """The absolute error beside the relative one."""
+    if check == "nontrivial_outputs":
+        return f"{finding.quantity}: does not change beyond rounding when the input is deformed"
+    if check == "finite_outputs":
+        return f"{finding.quantity}: {finding.number:.0f} rows are NaN or infinite, in {finding.worst}"
     if finding.scale is None or not finding.scale > 0.0 or finding.unit:
         return str(finding)
     limit = "" if finding.limit is None else f"; limit {finding.limit:.2g}"

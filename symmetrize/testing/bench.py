@@ -67,6 +67,8 @@ class Bench:
         self._scales: dict[str, Scale] | None = None
         self._own: dict[str, dict[str, Scale]] = {}
         self._double: Bench | None = None
+        #: Which structures of a set have symmetry operations, once a check has looked.
+        self.symmetric: dict[str, list[int]] = {}
 
     def model(self, batch: Data) -> dict[str, Tensor]:
         """The subject's model, counted.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -171,7 +172,7 @@ def structures_of(batch: Data) -> list[Atoms]:
     ptr, pbc = batch[keys.PTR].tolist(), batch[keys.PBC].cpu().numpy()
     return [
         Atoms(numbers=numbers[a:b].copy(), positions=pos[a:b].copy(), cell=cell[s].copy(), pbc=pbc[s].copy())
-        for s, (a, b) in enumerate(zip(ptr[:-1], ptr[1:], strict=True))
+        for s, (a, b) in enumerate(pairwise(ptr))
     ]
 
 
@@ -265,9 +266,7 @@ def _known_species(calc: Any) -> tuple[int, ...] | None:
     return None
 
 
-def _declarations(
-    calc: Any, outputs: Iterable[str] | Mapping[str, OutputSpec] | None
-) -> dict[str, OutputSpec]:
+def _declarations(calc: Any, outputs: Iterable[str] | Mapping[str, OutputSpec] | None) -> dict[str, OutputSpec]:
     known = {**PROPERTIES, **PERIODIC_PROPERTIES}
     if outputs is None:
         listed = getattr(calc, "implemented_properties", None)

@@ -17,11 +17,10 @@ from symmetrize.errors import DeclarationError, InvalidInputError, InvalidTypeEr
 from symmetrize.representations import OutputSpec
 from symmetrize.symmetrizer import Symmetrizer
 from symmetrize.testing.declarations import SINGLE, Declaration, read_declarations, with_rows
-from symmetrize.testing.geometries import ethanol
 from symmetrize.testing.outcome import Report, Result, Verdict, worst_first
-from symmetrize.testing.profile import Profile
+from symmetrize.testing.profile import Profile, profile_named
 from symmetrize.testing.runner import run
-from symmetrize.testing.structures import structure_set, users_set
+from symmetrize.testing.structures import library_sets, users_set
 from symmetrize.testing.subject import Subject, of_backbone, of_callable, of_symmetrizer
 
 if TYPE_CHECKING:
@@ -46,6 +45,9 @@ __all__ = [
 
 #: Formats of reports, by the suffix of the file.
 REPORT_SUFFIXES = (".html", ".md", ".json")
+
+#: Files that are taken for exported metatomic models.
+EXPORTED_SUFFIXES = (".pt", ".ptm")
 
 
 class CheckFailure(AssertionError):
@@ -266,9 +268,8 @@ def _with_rows(
     if structures is not None:
         found = users_set(subject, structures, 2)
     else:
-        from symmetrize.testing.structures import _mapped
-
-        found = structure_set(subject, "example", [_mapped(ethanol(), subject)])
+        sets = library_sets(subject, profile_named("quick"))
+        found = sets["generic"] if "generic" in sets else next(iter(sets.values()))
     return with_rows(subject.model, found.batch, declarations)
 
 
@@ -294,11 +295,18 @@ def explain_failures(report: Report) -> str:
         groups.setdefault(key, []).append(result)
     lines = [f"{report.subject['name']}: failed ({counts})"]
     for results in groups.values():
-        lines.append(results[0].explain())
+        lines.append(explain(results[0]))
         if others := [r.on if r.check == results[0].check and r.on else r.id for r in results[1:]]:
             shown = ", ".join(others[:8]) + (f" and {len(others) - 8} more" if len(others) > 8 else "")
             lines.append(f"  the same on: {shown}")
     return "\n".join(lines)
+
+
+def explain(result: Result) -> str:
+    """What failed, by how much, what is probably wrong; an exception speaks for itself."""
+    if result.verdict in (Verdict.ERROR, Verdict.STALE):
+        return f"{result.id}: {result.verdict.value}\n  {result.reason}"
+    return result.explain()
 
 
 def report_paths(report: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None) -> list[Path]:
@@ -347,7 +355,7 @@ def is_calculator(model: Any) -> bool:
 
 def _is_metatomic(model: Any) -> bool:
     if isinstance(model, (str, os.PathLike)):
-        return True
+        return str(model).endswith(EXPORTED_SUFFIXES)
     if isinstance(model, torch.jit.ScriptModule):
         return getattr(model, "original_name", "") == "AtomisticModel"
     return any(c.__module__.split(".")[0] == "metatomic" for c in type(model).__mro__ if isinstance(c, type))

@@ -17,7 +17,7 @@ from symmetrize.errors import DeclarationError, InvalidTypeError, SymmetrizeErro
 from symmetrize.pytest_plugin import MARK
 from symmetrize.symmetrizer import Symmetrizer
 from symmetrize.testing.bench import Bench
-from symmetrize.testing.front import CheckFailure, as_subject, save_report
+from symmetrize.testing.front import CheckFailure, as_subject, explain, save_report
 from symmetrize.testing.outcome import Report, Result, Verdict
 from symmetrize.testing.runner import Task, assemble_report, known_check, make_bench, run_task, tasks
 from symmetrize.testing.serialize import report_from_dict, report_to_dict
@@ -279,7 +279,7 @@ class Case:
         if result.verdict is Verdict.EXPECTED:
             pytest.xfail(result.reason)
         if not result.verdict.good:
-            raise CheckFailure(result.explain())
+            raise CheckFailure(explain(result))
         return result
 
     def properties(self) -> list[tuple[str, object]]:

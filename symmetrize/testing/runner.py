@@ -102,7 +102,7 @@ def tasks(bench: Bench, only: Sequence[str] | None = None, skip: Sequence[str] =
     for name in (*(only or ()), *skip):
         known_check(name)
     for entry in catalog.values():
-        for on in entry.targets(bench) or [""]:
+        for on in [""] if skip_reason(bench, entry) else entry.targets(bench):
             task = Task(entry, on)
             if only and not {entry.name, task.id} & set(only):
                 continue
@@ -136,14 +136,9 @@ def run_task(bench: Bench, task: Task, expected_failures: Mapping[str, str] | No
             **more,
         )
 
-    claimed = entry.claim is None or entry.claim in subject.claims
-    if not claimed and entry.unclaimed == "skip":
-        return result(Verdict.SKIPPED, reason=f"not claimed: {entry.claim}")
-    reason = entry.needs(bench)
-    if not reason and not entry.targets(bench):
-        reason = "nothing to run it on"
-    if reason:
+    if reason := skip_reason(bench, entry):
         return result(Verdict.SKIPPED, reason=reason)
+    claimed = entry.claim is None or entry.claim in subject.claims
     start, before = time.perf_counter(), bench.evaluations
     try:
         outcome = entry.function(bench, task.on)
@@ -197,11 +192,14 @@ def estimate(bench: Bench, chosen: Sequence[Task]) -> float:
 
 def task_cost(bench: Bench, task: Task) -> int:
     """Structures that a task will evaluate, roughly; 0 where it will be skipped."""
-    entry = task.check
-    skipped = entry.claim is not None and entry.claim not in bench.subject.claims and entry.unclaimed == "skip"
-    if skipped or entry.needs(bench) or not entry.targets(bench):
-        return 0
-    return entry.cost(bench, task.on)
+    return 0 if skip_reason(bench, task.check) else task.check.cost(bench, task.on)
+
+
+def skip_reason(bench: Bench, entry: Check) -> str:
+    """Why a check cannot run; empty where it can."""
+    if entry.claim is not None and entry.claim not in bench.subject.claims and entry.unclaimed == "skip":
+        return f"not claimed: {entry.claim}"
+    return entry.needs(bench) or ("" if entry.targets(bench) else "nothing to run it on")
 
 
 def run(

@@ -293,7 +293,7 @@ def measure_degeneracies(
     ideal = replace(ideal, masses=batch.get("masses"))
     h = step if step is not None else (1e-3 if pos.dtype == torch.float64 else 5e-2)
     root = weights.sqrt().repeat_interleave(3)
-    first, second, third = (_hessian(f, ideal, h / 2**k, forces) / (root[:, None] * root) for k in (0, 0, 0))
+    first, second, third = (_hessian(f, ideal, h / 2**k, forces) / (root[:, None] * root) for k in range(3))
     coarse, full = (4 * second - first) / 3, (4 * third - second) / 3
     hessian, skew = 0.5 * (full + full.T), 0.5 * (full - full.T)
     if not bool(torch.isfinite(full).all()):

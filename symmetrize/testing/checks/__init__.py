@@ -3,6 +3,7 @@
 # isort: skip_file
 from symmetrize.testing.checks import equivariance  # noqa: F401
 from symmetrize.testing.checks import size  # noqa: F401
+from symmetrize.testing.checks import sites  # noqa: F401
 from symmetrize.testing.checks import precision  # noqa: F401
 from symmetrize.testing.checks import invariance  # noqa: F401
 from symmetrize.testing.checks import smoothness  # noqa: F401

@@ -7,6 +7,7 @@ import torch
 from symmetrize.testing.bench import Bench
 from symmetrize.testing.catalog import check
 from symmetrize.testing.derivatives import DerivativeError, measure_forces_fd, measure_hessian_symmetry
+from symmetrize.testing.dynamics import measure_closed_loops, measure_nve
 from symmetrize.testing.outcome import Finding, Outcome
 from symmetrize.testing.structures import StructureSet
 
@@ -123,3 +124,69 @@ def check_hessian_symmetry(bench: Bench, on: str) -> Outcome:
         bench.model, found.batch, n_pairs=max(2, bench.profile.n_directions // 2), generator=generator
     )
     return Outcome((_finding(measured, bench.subject.dtype, found.names),), seed=generator.initial_seed())
+
+
+@check(
+    "No work around closed loops",
+    claim="conservation",
+    cost=lambda bench, on: 3 * 3 * 64,
+    needs=_forces,
+)
+def check_closed_loops(bench: Bench, on: str) -> Outcome:
+    """Moving the atoms around a closed loop takes no work: no energy can be gained by going in circles.
+
+    When it fails: the forces are not the gradient of any energy; in dynamics, temperature drifts.
+
+    Number: the integral of F . dx around random smooth loops of 0.1 (unit of the positions), over the RMS along the loop
+    of the power F . dx/ds. Trapezoid rule, which converges exponentially for periodic functions.
+    """
+    bench = bench.double()
+    found, generator = few(bench), bench.generator("loops")
+    measured = measure_closed_loops(bench.model, found.batch, n_loops=2, generator=generator)
+    cap = 1e-3 if bench.subject.dtype == torch.float64 else 5e-2
+    limit = min(max(_LIMIT, 20.0 * measured.relative_uncertainty), cap)
+    worst = f"{found.names[int(measured.structures.argmax())]}; quadrature good to {measured.relative_uncertainty:.1g}"
+    finding = Finding("work", measured.relative, limit, unit="of the power along the loop", worst=worst)
+    return Outcome((finding,), seed=generator.initial_seed())
+
+
+@check(
+    "Energy conservation in dynamics",
+    claim="conservation",
+    cost=lambda bench, on: 3 * (4 * bench.profile.n_steps + 60),
+    needs=_energy,
+)
+def check_energy_conservation(bench: Bench, on: str) -> Outcome:
+    """In a short run at constant energy, the error of the total energy is that of the time step and of nothing else.
+
+    When it fails: forces are not the gradient of the energy, or jump. Angular momentum that is not conserved shows that
+    the energy depends on orientation (judged where rotations are claimed).
+
+    Number: change of the total energy, extrapolated from two time steps to zero, over the kinetic energy; largest change
+    of momentum and angular momentum over those of the atoms. Velocity Verlet, whose error is of second order (Hairer,
+    Lubich and Wanner 2003).
+    """
+    bench = bench.double()
+    found, generator, subject = few(bench), bench.generator("dynamics"), bench.subject
+    measured = measure_nve(
+        bench.model,
+        found.batch,
+        energy=subject.energy or "energy",
+        n_steps=bench.profile.n_steps,
+        generator=generator,
+    )
+    fluctuation = float(measured.fluctuation[0].max())
+    floor = float(measured.floor.max())
+    # Two time steps leave the next order, a fraction of the fluctuation.
+    limit = max(0.2 * fluctuation, 100.0 * floor, 1e-6)
+    loose = 1e-8 if subject.dtype == torch.float64 else 1e-3
+    worst = f"fluctuation {fluctuation:.1g} at the longer step, order {measured.order:.2f}"
+    out = [Finding("energy, extrapolated to no time step", measured.relative, limit, unit="of the kinetic energy", worst=worst)]
+    if "translation" in subject.claims:
+        out.append(Finding("momentum", measured.relative_momentum, loose, unit="of the atoms'"))
+    angular = measured.relative_angular_momentum
+    if angular == angular:
+        claimed = "rotations" in subject.claims
+        allowed = max(loose, 1e3 * (subject.tolerance or 0.0)) if claimed else None
+        out.append(Finding("angular momentum", angular, allowed, unit="of the atoms'"))
+    return Outcome(tuple(out), seed=generator.initial_seed())
