@@ -200,12 +200,8 @@ def load_target(target: str) -> Any:
 
 def _imported(name: str) -> Any:
     if name.endswith(".py"):
-        path = Path(name).resolve()
-        if not path.is_file():
-            raise InvalidInputError(f"target: no such file: {name}")
-        folder, name = str(path.parent), path.stem
-    else:
-        folder = str(Path.cwd())
+        return _from_file(name)
+    folder = str(Path.cwd())
     if folder not in sys.path:
         sys.path.insert(0, folder)
     try:
@@ -216,6 +212,20 @@ def _imported(name: str) -> Any:
         here = [p.stem for p in Path(folder).glob("*.py")]
         near = f"; {did_you_mean(name, here)}" if here else ""
         raise DeclarationError(f"target: no module {name!r}, neither installed nor in {folder}{near}") from error
+
+
+def _from_file(name: str) -> Any:
+    """A module whatever else is called like it; its neighbors can be imported."""
+    path = Path(name).resolve()
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        raise InvalidInputError(f"target: no such file: {name}")
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(path.stem, module)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _guarded(target: str, load: Callable[[], Any]) -> Any:

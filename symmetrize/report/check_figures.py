@@ -115,7 +115,9 @@ def _histogram(plot: Mapping[str, Any], name: str) -> Drawing | None:
     beyond = plot.get("beyond") or {o: int((~(v <= limits[0])).sum()) if limits else 0 for o, v in found.items()}
     shown = sorted(found, key=lambda o: (-beyond[o], list(found).index(o)))[:ROWS]
     shown = [o for o in found if o in shown]
-    low, high = _decades(np.concatenate([*found.values(), np.array(limits)]))
+    every = np.concatenate([*found.values(), np.array(limits)])
+    low, high = _decades(every)
+    high += 0 if np.isfinite(every).all() else 4
     bins = np.linspace(low, high, 3 * (high - low) + 1)
 
     def paint(figure: Any) -> None:
@@ -149,7 +151,7 @@ def _histogram(plot: Mapping[str, Any], name: str) -> Drawing | None:
     count = sum(map(len, found.values()))
     caption = f"{count} errors, one row per output. " + _limit_words(limits) + " Zeros are counted at the left end."
     if len(found) > len(shown):
-        caption += f" {len(found) - len(shown)} more outputs are not shown."
+        caption += f" Not shown, being smaller: {len(found) - len(shown)} more."
     figure = _draw(name, f"Histogram of errors, {title}", paint, (5.0, 1.1 + 0.42 * max(len(shown), 2)))
     return Drawing(figure, f"Errors: {title}", caption)
 
@@ -157,13 +159,14 @@ def _histogram(plot: Mapping[str, Any], name: str) -> Drawing | None:
 def _limit_words(limits: Sequence[float]) -> str:
     if not limits:
         return "Not judged."
-    return f"Dashed: the limit{'s of the sets' if len(limits) > 1 else ''}, {' and '.join(map(number, limits))}."
+    values = " and ".join(map(number, limits)).replace("e-", "e\u2011")
+    return f"Dashed: the limit{'s of the sets' if len(limits) > 1 else ''}, {values}."
 
 
 def _curve(plot: Mapping[str, Any], name: str) -> Drawing | None:
     x = numbers(plot.get("x", []))
     series = {label: numbers(y)[: len(x)] for label, y in plot.get("series", {}).items()}
-    if not len(x) or not any(np.isfinite(y).any() for y in series.values()) and not series:
+    if not len(x) or not series:
         return None
     log = bool(plot.get("log"))
 
@@ -182,6 +185,8 @@ def _curve(plot: Mapping[str, Any], name: str) -> Drawing | None:
             log_axis(axes.yaxis, low, high, max(1, (high - low) // 5))
         _mark_holes(axes, x, series)
         axes.set_xlabel(plain(plot.get("x_label", "")))
+        if "degree" in str(plot.get("x_label", "")) and np.nanmax(np.abs(x)) > 100.0:
+            axes.set_xticks(np.arange(0, np.nanmax(x) + 1, 45 if np.nanmax(x) < 200 else 90))
         axes.set_ylabel(plain(plot.get("y_label", "")))
         _legend(axes, len(series))
 
@@ -255,9 +260,9 @@ def _spectrum(plot: Mapping[str, Any], name: str) -> Drawing | None:
                 heights = np.clip(np.nan_to_num(power, nan=np.inf), 10.0**low * 1.01, 10.0**high)
                 places = np.arange(len(power)) + shift
                 bottom = 10.0**low
-                axes.bar(places, heights - bottom, 0.38, bottom=bottom, color=color, label=parity)
-                holes = places[~np.isfinite(power)]
-                axes.plot(holes, np.full(len(holes), 10.0 ** (high - 0.4)), "^", color=BAD, markersize=8)
+                bars = axes.bar(places, heights - bottom, 0.38, bottom=bottom, color=color, label=parity)
+                for bar, value in zip(bars, power, strict=True):
+                    bar.set(**({} if math.isfinite(value) else {"facecolor": BAD, "hatch": "//"}))
             if limit is not None:
                 axes.axhline(limit, color=INK, linewidth=1.1, linestyle=(0, (4, 3)))
             axes.set_yscale("log")
@@ -275,7 +280,7 @@ def _spectrum(plot: Mapping[str, Any], name: str) -> Drawing | None:
     caption = (
         "How strongly each output depends on orientation, by degree and parity; an equivariant model has nothing above "
         f"rounding. {_limit_words([] if limit is None else [limit])}"
-    )
+    ) + ("" if np.isfinite(every).all() else " Hatched: not finite.")
     figure = _draw(name, f"Spectrum, {title}", paint, (5.0, 1.1 + 1.35 * len(shown)))
     return Drawing(figure, f"Spectrum: {title}" if title else "Spectrum", caption)
 
@@ -292,6 +297,7 @@ def _bars(plot: Mapping[str, Any], name: str) -> Drawing | None:
         axes = figure.subplots()
         rows = np.arange(len(labels))[::-1]
         low, high = _decades(values) if log else (0, 0)
+        low -= 1  # so that the smallest has a length
         edge = 10.0**high if log else max(float(finite.max(initial=0.0)), 0.0) * 1.15 or 1.0
         start = 10.0**low if log else 0.0
         ends = np.where(np.isfinite(values), values, edge)

@@ -15,8 +15,8 @@ from symmetrize.backbone import Backbone
 from symmetrize.data import from_ase
 from symmetrize.errors import DeclarationError, InvalidInputError, InvalidTypeError
 from symmetrize.representations import OutputSpec, check_group
-from symmetrize.testing.declarations import read_declaration
 from symmetrize.symmetrizer import Symmetrizer
+from symmetrize.testing.declarations import read_declaration
 from symmetrize.testing.front import CheckFailure, as_subject, is_calculator
 from symmetrize.testing.outcome import Finding, Report, worst_first
 from symmetrize.testing.paths import Path
@@ -99,7 +99,8 @@ def assert_equivariant(
     else:
         if "dtype" not in settings and (dtype := _dtype(inputs)) is not None:
             settings["dtype"] = dtype
-        subject = as_subject(f, structures, outputs=outputs, **settings)
+        declared: Any = outputs
+        subject = as_subject(f, structures, outputs=declared, **settings)
     # Whatever is claimed otherwise, this is what is asserted.
     subject = dataclasses.replace(subject, claims=subject.claims | {"rotations", "inversion"})
     # Outside of any check, so that an exception in the model arrives as it is.
@@ -150,14 +151,14 @@ def _explain(report: Report, group: str) -> str:
     name, seed = report.subject["name"], f"(seed={report.seed})"
     # Where an output is not finite or constant, nothing else is worth saying.
     unsound = [r for check in _SOUND for r in report.failures if r.check == check][:1]
-    verdict = "cannot be told to be" if unsound else "is not"
-    lines = [f"{name} {verdict} equivariant under {group} {seed}"]
+    verdict = "proves nothing about equivariance" if unsound else "is not equivariant"
+    lines = [f"{name} {verdict} under {group} {seed}"]
     for result in unsound or worst_first(report.failures):
         lines.append(f"{result.title}: {result.reason or 'failed'}")
         if result.outcome is not None:
             worst = sorted(result.outcome.findings, key=lambda f: (-f.excess, -f.number))
             lines += [f"  {_described(f, result.check)}" for f in worst[:4] if not f.ok]
-        lines.append(f"  probably: {result.suspicion}")
+            lines.append(f"  probably: {result.suspicion}")
     return "\n".join(lines)
 
 

@@ -21,7 +21,7 @@ from symmetrize.testing.profile import Profile
 from symmetrize.testing.scales import Scale, error_scale
 from symmetrize.testing.structures import YOURS, StructureSet
 from symmetrize.testing.subject import Subject
-from symmetrize.testing.symmetry_operations import symmetry_operations
+from symmetrize.testing.symmetry_operations import Operation, symmetry_operations
 from symmetrize.testing.tolerances import tolerance
 
 if TYPE_CHECKING:
@@ -67,14 +67,13 @@ class Bench:
         self._scales: dict[str, Scale] | None = None
         self._own: dict[str, dict[str, Scale]] = {}
         self._double: Bench | None = None
-        #: Which structures of a set have symmetry operations, once a check has looked.
-        self.symmetric: dict[str, list[int]] = {}
+        self._operations: dict[str, list[list[Operation]]] = {}
 
     def model(self, batch: Data) -> dict[str, Tensor]:
         """The subject's model, counted.
 
-        Where the structures of a batch turn out to influence each other, they are evaluated one by one: that fault has a
-        check of its own, and shall not pass for others.
+        Where the structures of a batch turn out to influence each other, they are evaluated one by one: that fault
+        has a check of its own, and shall not pass for others.
         """
         n = int(batch[keys.PTR].shape[0] - 1)
         self.evaluations += n
@@ -148,8 +147,8 @@ class Bench:
         return self._scales
 
     def scale(self, found: StructureSet) -> dict[str, float]:
-        """Error scale of every output on a set: the common one, or that of the set where it is larger; its size where it
-        is constant, and 1 where it is zero."""
+        """Error scale of every output on a set: the common one, or that of the set where it is larger; its size where
+        it is constant, and 1 where it is zero."""
         if found.name not in self._own:
             self._own[found.name] = error_scale(self.model, found.batch, self.subject.declared(found.batch))
         own, common = self._own[found.name], self.scales
@@ -168,15 +167,23 @@ class Bench:
             name: value for name, value in whole.items() if name.startswith("atomic_")
         }
 
-    def own_elements(self, found: StructureSet, group: str, limit: int = 4) -> list[Element]:
-        """A few symmetry operations of the structures of a set."""
+    def operations(self, found: StructureSet) -> list[list[Operation]]:
+        """Symmetry operations of every structure of a set, the identity first."""
+        if found.name not in self._operations:
+            vectors = dict(self.subject.vectors)
+            self._operations[found.name] = [symmetry_operations(s, vectors=vectors) for s in split(found.batch)]
+        return self._operations[found.name]
+
+    def own_elements(self, found: StructureSet, limit: int = 4) -> list[Element]:
+        """A few symmetry operations of the structures of a set, proper and improper."""
         out: list[Element] = []
-        for name, single in zip(found.names, split(found.batch), strict=True):
-            operations = [op for op in symmetry_operations(single) if not torch.allclose(op.matrix, torch.eye(3).double())]
-            proper = [op for op in operations if torch.linalg.det(op.matrix) > 0]
-            for op in (operations if group == "O(3)" else proper)[:limit]:
-                if not any(torch.allclose(op.matrix, e.matrix, atol=1e-9) for e in out):
-                    out.append(Element(f"{op.name} of {name}", op.matrix))
+        for name, operations in zip(found.names, self.operations(found), strict=True):
+            for sign in (1, -1):
+                known = [torch.eye(3, dtype=torch.float64), *(e.matrix for e in out)]
+                own = [op for op in operations if float(torch.linalg.det(op.matrix)) * sign > 0.0]
+                for op in own[: limit + 1]:
+                    if not any(torch.allclose(op.matrix, other, atol=1e-9) for other in known):
+                        out.append(Element(f"{op.name} of {name}", op.matrix))
         return out
 
     def double(self) -> Bench:

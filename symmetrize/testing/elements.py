@@ -250,13 +250,7 @@ def displaced(batch: Data, generator: torch.Generator, size: float = 0.05) -> Ba
     pos, n_structures = batch[keys.POS].detach().to(torch.float64), batch[keys.PTR].shape[0] - 1
     noise = torch.randn(n_structures, 3, 3, dtype=torch.float64, generator=generator).to(pos.device)
     strain = torch.eye(3, dtype=torch.float64, device=pos.device) + 0.25 * size * (noise + noise.transpose(1, 2))
-    lengths = pos.new_ones(n_structures)
-    for s, (first, last) in enumerate(_ranges(batch)):
-        candidates = torch.nn.functional.pdist(pos[first:last])
-        sides = batch[keys.CELL][s][batch[keys.PBC][s]].detach().to(torch.float64).norm(dim=1)
-        candidates = torch.cat([candidates[candidates > 0], sides])
-        if len(candidates):
-            lengths[s] = candidates.min()
+    lengths = shortest_distances(batch)
     structure = batch[keys.BATCH]
     step = torch.randn(pos.shape, dtype=torch.float64, generator=generator).to(pos.device)
     moved = torch.einsum("na,nab->nb", pos, strain[structure]) + size * lengths[structure][:, None] * step
@@ -268,6 +262,20 @@ def displaced(batch: Data, generator: torch.Generator, size: float = 0.05) -> Ba
             factor = 1.0 + size * torch.randn(value.shape, dtype=torch.float64, generator=generator)
             further[name] = value.detach() * factor.to(value)
     return replace(out, **further)
+
+
+def shortest_distances(batch: Batch) -> Tensor:
+    """Shortest distance between atoms, or lattice vector, of every structure of a validated batch; 1 where there is
+    none: Tensor of shape (n_structures,), float64."""
+    pos = batch[keys.POS].detach().to(torch.float64)
+    lengths = pos.new_ones(batch[keys.PTR].shape[0] - 1)
+    for s, (first, last) in enumerate(_ranges(batch)):
+        candidates = torch.nn.functional.pdist(pos[first:last])
+        sides = batch[keys.CELL][s][batch[keys.PBC][s]].detach().to(torch.float64).norm(dim=1)
+        candidates = torch.cat([candidates[candidates > 0], sides])
+        if len(candidates):
+            lengths[s] = candidates.min()
+    return lengths
 
 
 def moved_to(batch: Data, pos: Tensor, cell: Tensor | None = None) -> Batch:

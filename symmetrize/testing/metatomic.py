@@ -101,31 +101,27 @@ def of_metatomic(
     if f.left_out and outputs is None:
         listed = "; ".join(f"{one} ({reason})" for one, reason in f.left_out.items())
         warnings.warn(f"of_metatomic: {settings['name']}: left out {listed}", stacklevel=2)
-    evaluated = {
-        "model": f,
-        "outputs": f.declared(periodic=False),
-        "periodic_outputs": f.declared(periodic=True),
-        "energy": f.energy,
-        "convert": _conversion(f, settings, types),
-    }
-    return Subject(**{**settings, **evaluated, **options})
+    return _subject(f, settings, options, _conversion(f, settings, options, types))
 
 
-def _conversion(f: MetatomicModel, settings: Mapping[str, Any], types: tuple[int, ...]) -> Any:
-    """dtype -> Subject, where an evaluation in the other precision succeeds, and really is in it."""
+def _subject(f: MetatomicModel, settings: Mapping[str, Any], options: Mapping[str, Any], convert: Any) -> Subject:
+    evaluated = dict(
+        model=f,
+        outputs=f.declared(periodic=False),
+        periodic_outputs=f.declared(periodic=True),
+        energy=f.energy,
+        convert=convert,
+    )
+    return Subject(**{**settings, **evaluated, **options, "dtype": settings["dtype"]})
+
+
+def _conversion(
+    f: MetatomicModel, settings: Mapping[str, Any], options: Mapping[str, Any], types: tuple[int, ...]
+) -> Any:
+    """dtype -> Subject, if an evaluation in the other precision succeeds, and really is in it."""
 
     def convert(dtype: torch.dtype) -> Subject:
-        return Subject(
-            **{
-                **settings,
-                "dtype": dtype,
-                "model": f.to(dtype),
-                "outputs": f.declared(periodic=False),
-                "periodic_outputs": f.declared(periodic=True),
-                "energy": f.energy,
-                "convert": convert,
-            }
-        )
+        return _subject(f.to(dtype), {**settings, "dtype": dtype}, options, convert)
 
     other = torch.float64 if settings["dtype"] == torch.float32 else torch.float32
     try:
@@ -196,6 +192,7 @@ class MetatomicModel:
                 self.left_out[name] = reason
             else:
                 self.parts |= found
+        self.names = [name for name in self.names if name not in self.left_out]
         if self.energy is not None:
             part = self.parts.get(self.energy)
             total = None if part is None or part.spec.reduce is None else self._energy(tensors)
@@ -280,11 +277,32 @@ class MetatomicModel:
         return systems
 
 
-def _load(model: Any, extensions_directory: str | os.PathLike[str] | None) -> Any:
+def import_metatomic() -> Any:
+    """The module ``metatomic.torch``.
+
+    The first import compiles functions that call ``torch.index_select``, which recent versions of torch_geometric
+    replace by one that TorchScript refuses: in the meantime, torch has its own again.
+
+    Raises
+    ------
+    MissingDependencyError
+        It is not installed.
+    """
+    replaced = {name: getattr(torch, name) for name in ("index_select", "select")}
+    for name in replaced:
+        setattr(torch, name, getattr(torch._C._VariableFunctions, name))
     try:
-        import metatomic.torch as metatomic
-    except ImportError as error:
+        import metatomic.torch
+    except ModuleNotFoundError as error:
         raise MissingDependencyError(f"metatomic models need: {_INSTALL}") from error
+    finally:
+        for name, function in replaced.items():
+            setattr(torch, name, function)
+    return metatomic.torch
+
+
+def _load(model: Any, extensions_directory: str | os.PathLike[str] | None) -> Any:
+    metatomic = import_metatomic()
     if isinstance(model, (str, os.PathLike)):
         directory = None if extensions_directory is None else os.fspath(extensions_directory)
         return metatomic.load_atomistic_model(os.fspath(model), extensions_directory=directory)

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch import Tensor
 from symmetrize.errors import DeclarationError, did_you_mean
 from symmetrize.testing.bench import Bench
 from symmetrize.testing.catalog import Check, all_checks
-from symmetrize.testing.outcome import Outcome, Report, Result, Verdict
+from symmetrize.testing.outcome import Report, Result, Verdict
 from symmetrize.testing.profile import Profile, profile_named
 from symmetrize.testing.structures import YOURS, StructureSet, library_sets, users_set
 from symmetrize.testing.subject import Subject
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ase import Atoms
     from torch_geometric.data import Data
 
-    Structures = Atoms | Data | Sequence[Atoms | Data]
+    Structures: TypeAlias = Atoms | Data | Sequence[Atoms | Data]
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,9 @@ def make_bench(
         Reference outputs, rows as the model's on ``structures``; these are then used all of them.
     """
     chosen = profile_named(profile)
-    use_library = library if library is not None else (structures is None or subject.kind in ("symmetrizer", "backbone"))
+    use_library = (
+        library if library is not None else (structures is None or subject.kind in ("symmetrizer", "backbone"))
+    )
     sets: dict[str, StructureSet] = {}
     if structures is not None:
         n = None if references or chosen.n_structures is None else 4 * chosen.n_structures
@@ -140,10 +142,11 @@ def run_task(bench: Bench, task: Task, expected_failures: Mapping[str, str] | No
         return result(Verdict.SKIPPED, reason=reason)
     claimed = entry.claim is None or entry.claim in subject.claims
     start, before = time.perf_counter(), bench.evaluations
+    spent: dict[str, Any]
     try:
         outcome = entry.function(bench, task.on)
     except Exception as error:
-        spent = dict(seconds=time.perf_counter() - start, evaluations=bench.evaluations - before)
+        spent = {"seconds": time.perf_counter() - start, "evaluations": bench.evaluations - before}
         if expected is not None:
             return result(Verdict.EXPECTED, reason=f"{expected} ({_summary(error)})", **spent)
         if not claimed:
@@ -152,7 +155,7 @@ def run_task(bench: Bench, task: Task, expected_failures: Mapping[str, str] | No
     if not claimed:
         findings = tuple(dataclasses.replace(f, limit=None) for f in outcome.findings)
         outcome = dataclasses.replace(outcome, findings=findings)
-    spent = dict(outcome=outcome, seconds=time.perf_counter() - start, evaluations=bench.evaluations - before)
+    spent = {"outcome": outcome, "seconds": time.perf_counter() - start, "evaluations": bench.evaluations - before}
     if outcome.findings and all(f.limit is None for f in outcome.findings):
         return result(Verdict.RECORDED, **spent)
     if outcome.ok:
@@ -163,7 +166,9 @@ def run_task(bench: Bench, task: Task, expected_failures: Mapping[str, str] | No
 def _summary(error: Exception) -> str:
     last = traceback.extract_tb(error.__traceback__)[-1]
     text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:400]} (in {last.name}, line {last.lineno} of {last.filename.split('/')[-1]})"
+    return (
+        f"{type(error).__name__}: {text[:400]} (in {last.name}, line {last.lineno} of {last.filename.split('/')[-1]})"
+    )
 
 
 def with_stale(results: Sequence[Result], expected_failures: Mapping[str, str] | None) -> list[Result]:
@@ -327,5 +332,8 @@ def _bar(progress: bool, total: int) -> Any:
     from tqdm import tqdm
 
     return tqdm(
-        total=total, disable=not progress, file=sys.stderr, bar_format="{desc:<42}{percentage:3.0f}%|{bar:30}| {remaining}"
+        total=total,
+        disable=not progress,
+        file=sys.stderr,
+        bar_format="{desc:<42}{percentage:3.0f}%|{bar:30}| {remaining}",
     )

@@ -12,7 +12,7 @@ from symmetrize.testing.outcome import SCHEMA, SCHEMA_VERSION, Finding, Outcome,
 
 
 def plain(value: Any) -> Any:
-    """Tensors, tuples, enums and numbers that JSON has no word for, as what JSON has: ``"inf"``, ``"-inf"``, ``"nan"``."""
+    """Tensors, tuples, enums and infinite numbers in JSON's terms: lists, strings, ``"inf"``, ``"-inf"``, ``"nan"``."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, Verdict):

@@ -125,9 +125,7 @@ def structure_set(
     return StructureSet(name, names, batch, factor)
 
 
-def users_set(
-    subject: Subject, structures: Atoms | Data | Sequence[Atoms | Data], limit: int | None
-) -> StructureSet:
+def users_set(subject: Subject, structures: Atoms | Data | Sequence[Atoms | Data], limit: int | None) -> StructureSet:
     """The user's structures: ASE's ``Atoms``, batches, or a sequence of either; at most ``limit``, evenly spaced.
 
     Raises
@@ -148,7 +146,7 @@ def users_set(
     if not listed:
         raise InvalidInputError("structures: expected at least one, got none")
     if all(isinstance(s, Data) for s in listed):
-        return users_set(subject, batched([_cast(s, subject) for s in listed]), limit)  # type: ignore[arg-type]
+        return users_set(subject, batched([_cast(s, subject) for s in listed]), limit)
     for n, s in enumerate(listed):
         if not isinstance(s, Atoms):
             raise InvalidTypeError(f"structures[{n}]: expected ase.Atoms or a torch_geometric Data, got {type(s)}")

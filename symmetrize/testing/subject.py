@@ -174,7 +174,9 @@ def _random_vectors(batch: Batch, missing: Mapping[str, str]) -> dict[str, Tenso
     return out
 
 
-def of_symmetrizer(model: Symmetrizer, *, forces: bool | None = None, energy: str = "energy", **options: Any) -> Subject:
+def of_symmetrizer(
+    model: Symmetrizer, *, forces: bool | None = None, energy: str = "energy", **options: Any
+) -> Subject:
     """A `symmetrize.Symmetrizer` as a subject.
 
     Parameters

@@ -96,7 +96,9 @@ def check_locality(bench: Bench, on: str) -> Outcome:
         scale = scales[f"atomic_{name}" if f"atomic_{name}" in scales else name].value
         change = (after[name] - before[name]).abs().reshape(len(pos), -1).amax(dim=1)
         error = float(change[far].max()) if bool(far.any()) and bool(torch.isfinite(change).all()) else float("inf")
-        worst = f"atom {int(torch.where(far, change, -torch.ones_like(change)).argmax())} of a chain of {len(pos)} atoms"
+        worst = (
+            f"atom {int(torch.where(far, change, -torch.ones_like(change)).argmax())} of a chain of {len(pos)} atoms"
+        )
         number = error / scale if scale > 0.0 else float("inf")
         out.append(Finding(name, number, bench.limit(bench.main), scale=scale, worst=worst))
     return Outcome(tuple(out), seed=generator.initial_seed())
@@ -126,8 +128,9 @@ def _chain(single: Batch, reach: float, backbone: Backbone) -> Batch:
     "Rows of the wanted atoms",
     claim="locality",
     cost=lambda bench, on: 2 * bench.main.n_structures,
-    needs=lambda bench: _backbone(bench)
-    or ("" if any(s.per == "atom" for s in _of(bench).outputs.values()) else "no output per atom"),
+    needs=lambda bench: (
+        _backbone(bench) or ("" if any(s.per == "atom" for s in _of(bench).outputs.values()) else "no output per atom")
+    ),
 )
 def check_center_rows(bench: Bench, on: str) -> Outcome:
     """With a ``center_mask``, per-atom outputs are the rows of the marked atoms, unchanged and in order.
@@ -158,14 +161,15 @@ def check_center_rows(bench: Bench, on: str) -> Outcome:
     "Shared work equals plain evaluation",
     claim="locality",
     cost=lambda bench, on: 2 * bench.main.n_structures,
-    needs=lambda bench: _backbone(bench)
-    or ("" if _of(bench).shares_work else "the backbone does not share work between frames"),
+    needs=lambda bench: (
+        _backbone(bench) or ("" if _of(bench).shares_work else "the backbone does not share work between frames")
+    ),
 )
 def check_shared_work(bench: Bench, on: str) -> Outcome:
     """``forward_frames(prepare(batch), edge_vec)`` gives what ``forward(batch)`` gives.
 
-    When it fails: something that depends on the orientation was prepared once for all frames, or the order of the edges
-    is not that of the batch.
+    When it fails: something that depends on the orientation was prepared once for all frames, or the order of the
+    edges is not that of the batch.
 
     Number: largest difference, on the error scale.
     """

@@ -25,13 +25,11 @@ def every_set(bench: Bench) -> Sequence[str]:
     return list(bench.sets)
 
 
-def findings(
-    measured: Measurement, found: StructureSet, limit: float | None
-) -> list[Finding]:
+def findings(measured: Measurement, found: StructureSet, limit: float | None) -> list[Finding]:
     """One finding per output, with the case and the structure of its largest error.
 
-    To the limit is added what a few roundings of the output itself amount to on the error scale: a large constant, such
-    as a total energy, costs digits that no model can keep.
+    To the limit is added what a few roundings of the output itself amount to on the error scale: a large constant,
+    such as a total energy, costs digits that no model can keep.
     """
     out = []
     eps = torch.finfo(measured.dtype).eps

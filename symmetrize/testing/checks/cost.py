@@ -7,12 +7,14 @@ import sys
 import time
 
 import torch
+from torch_geometric.data import Batch
 
 from symmetrize import keys
 from symmetrize.testing.bench import Bench
 from symmetrize.testing.catalog import check
 from symmetrize.testing.elements import copied
 from symmetrize.testing.outcome import Finding, Outcome
+from symmetrize.testing.scales import Model
 
 
 def _peak() -> float:
@@ -53,10 +55,12 @@ def check_cost(bench: Bench, on: str) -> Outcome:
             frames = subject.symmetrizer.frames(found.batch)
         per = frames.n_evaluations / frames.n_owners
         out.append(Finding(f"evaluations per {subject.symmetrizer.scope}", per, unit="evaluations"))
-    return Outcome(tuple(out), note=f"{n_atoms} atoms in {found.n_structures} structures, {torch.get_num_threads()} threads")
+    return Outcome(
+        tuple(out), note=f"{n_atoms} atoms in {found.n_structures} structures, {torch.get_num_threads()} threads"
+    )
 
 
-def _shortest(model, batch) -> float:  # type: ignore[no-untyped-def]
+def _shortest(model: Model, batch: Batch) -> float:
     times = []
     for _ in range(3):
         given = copied(batch)

@@ -36,7 +36,7 @@ def _measure(bench: Bench, on: str, elements: Sequence[Element], name: str) -> O
 
 def _elements(bench: Bench, on: str, name: str, proper: bool) -> list[Element]:
     generator = bench.generator(name)
-    chosen = special_elements() + bench.own_elements(bench[on], "O(3)")
+    chosen = special_elements() + bench.own_elements(bench[on])
     drawn = random_elements(bench.profile.n_elements, generator, group="SO(3)")
     chosen += drawn if proper else [Element(f"random improper {k}", -e.matrix) for k, e in enumerate(drawn)]
     return [e for e in chosen if (float(torch.linalg.det(e.matrix)) > 0.0) == proper]
@@ -46,13 +46,13 @@ def _elements(bench: Bench, on: str, name: str, proper: bool) -> list[Element]:
 def check_rotation_equivariance(bench: Bench, on: str) -> Outcome:
     """Turning the input turns every output by its declared representation.
 
-    When it fails: raw coordinates reach a nonlinear layer; a vector, a tensor or the cell is not rotated, or rotated the
-    wrong way round; an output does not transform as declared. If only degenerate sets fail (collinear, symmetric), a
-    frame or an ordering is ill-defined there.
+    When it fails: raw coordinates reach a nonlinear layer; a vector, a tensor or the cell is not rotated, or rotated
+    the wrong way round; an output does not transform as declared. If only degenerate sets fail (collinear,
+    symmetric), a frame or an ordering is ill-defined there.
 
-    Number: max over elements, rows and components of |f(g x) - rho(g) f(x)|, over the RMS over structures of the output
-    minus its composition baseline. Elements: identity, 90, 120 and 180 degrees, near the identity, the structures' own
-    symmetry operations, and Haar-random ones; parts of reducible outputs are listed by irrep.
+    Number: max over elements, rows and components of |f(g x) - rho(g) f(x)|, over the RMS over structures of the
+    output minus its composition baseline. Elements: identity, 90, 120 and 180 degrees, near the identity, the
+    structures' own symmetry operations, and Haar-random ones; parts of reducible outputs are listed by irrep.
     """
     name = "rotations"
     return _measure(bench, on, _elements(bench, on, name, True), name)
@@ -77,6 +77,4 @@ def unjudged(outcome: Outcome) -> Outcome:
     """The same numbers without limits."""
     import dataclasses
 
-    return dataclasses.replace(
-        outcome, findings=tuple(dataclasses.replace(f, limit=None) for f in outcome.findings)
-    )
+    return dataclasses.replace(outcome, findings=tuple(dataclasses.replace(f, limit=None) for f in outcome.findings))

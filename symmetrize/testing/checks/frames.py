@@ -27,7 +27,7 @@ from symmetrize.testing.bench import Bench
 from symmetrize.testing.catalog import check
 from symmetrize.testing.checks.common import every_set
 from symmetrize.testing.checks.smoothness import judge_smoothness
-from symmetrize.testing.elements import moved_to, permute, random_elements, transform
+from symmetrize.testing.elements import moved_to, permute, random_elements, shortest_distances, transform
 from symmetrize.testing.outcome import Finding, Outcome
 from symmetrize.testing.paths import Path, paths
 from symmetrize.testing.smoothness import measure_smoothness
@@ -99,8 +99,8 @@ def _owner(bench: Bench, on: str, owner: int) -> str:
 def check_frame_equivariance(bench: Bench, on: str) -> Outcome:
     """The weighted set of frames of g x is g times that of x.
 
-    When it fails: a frame depends on a fixed direction or on the sign of an eigenvector; weights are not invariant; for
-    improper g, mirror images are missing.
+    When it fails: a frame depends on a fixed direction or on the sign of an eigenvector; weights are not invariant;
+    for improper g, mirror images are missing.
 
     Number: largest change of a moment of the weighted frames beyond the one expected, over random elements.
     """
@@ -168,10 +168,11 @@ def check_frame_weights(bench: Bench, on: str) -> Outcome:
     needs=_framed,
 )
 def check_frame_conditioning(bench: Bench, on: str) -> Outcome:
-    """A frame has lost its weight before it becomes ill-defined: no weighted frame turns fast when atoms move a little.
+    """A frame has lost its weight before it becomes ill-defined: no weighted frame turns fast when atoms move a
+    little.
 
-    When it fails: a pair of nearly collinear neighbors, or a nearly degenerate pair of eigenvalues, still has weight; the
-    forces are unbounded there.
+    When it fails: a pair of nearly collinear neighbors, or a nearly degenerate pair of eigenvalues, still has weight;
+    the forces are unbounded there.
 
     Number: w |R(x + d) - R(x)| / |d| times the shortest distance, the largest over frames of the full stratum, for a
     random displacement d of 1e-7 of that distance.
@@ -179,7 +180,7 @@ def check_frame_conditioning(bench: Bench, on: str) -> Outcome:
     found = bench[on]
     generator = bench.generator("conditioning")
     pos = found.batch[keys.POS]
-    lengths = _shortest(found.batch)
+    lengths = shortest_distances(found.batch)
     step = 1e-7 if pos.dtype == torch.float64 else 1e-3
     direction = torch.randn(pos.shape, dtype=torch.float64, generator=generator).to(pos.device)
     moved = pos.to(torch.float64) + step * lengths[found.batch[keys.BATCH]][:, None] * direction
@@ -207,16 +208,6 @@ def check_frame_conditioning(bench: Bench, on: str) -> Outcome:
         ),
         seed=generator.initial_seed(),
     )
-
-
-def _shortest(batch: Batch) -> Tensor:
-    """Shortest distance between atoms of each structure; 1 for single atoms."""
-    pos, ptr = batch[keys.POS].detach().to(torch.float64), batch[keys.PTR].tolist()
-    out = []
-    for first, last in zip(ptr[:-1], ptr[1:], strict=True):
-        distances = torch.nn.functional.pdist(pos[first:last])
-        out.append(float(distances.min()) if len(distances) else 1.0)
-    return torch.tensor(out, dtype=torch.float64, device=pos.device)
 
 
 def _paths(bench: Bench) -> dict[str, Path]:

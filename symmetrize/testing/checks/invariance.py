@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -21,6 +22,7 @@ from symmetrize.testing.measures import (
 )
 from symmetrize.testing.outcome import Finding, Outcome
 from symmetrize.testing.scales import evaluate
+from symmetrize.testing.structures import StructureSet
 
 
 def _two_atoms(bench: Bench) -> Sequence[str]:
@@ -41,8 +43,8 @@ def _periodic(bench: Bench) -> Sequence[str]:
 def check_translation_invariance(bench: Bench, on: str) -> Outcome:
     """Shifting a structure changes no output.
 
-    When it fails: absolute positions reach the network without being centered; a centroid is taken over the whole batch;
-    precision is lost far from the origin.
+    When it fails: absolute positions reach the network without being centered; a centroid is taken over the whole
+    batch; precision is lost far from the origin.
 
     Number: max over shifts, rows and components of |f(x + t) - f(x)|, on the error scale.
     """
@@ -97,10 +99,11 @@ def check_periodicity(bench: Bench, on: str) -> Outcome:
     Atoms wrapped into the cell or moved to other images, other lattice vectors of the same lattice (left-handed ones
     too), and a supercell, in which extensive outputs double.
 
-    When it fails: fractional coordinates or cell vectors are network inputs; the minimum-image convention is used where
-    the cell is smaller than twice the cutoff; a sum is taken where a mean is declared.
+    When it fails: fractional coordinates or cell vectors are network inputs; the minimum-image convention is used
+    where the cell is smaller than twice the cutoff; a sum is taken where a mean is declared.
 
-    Number: max over descriptions, rows and components of the change, on the error scale (supercell: per original cell).
+    Number: max over descriptions, rows and components of the change, on the error scale (supercell: per original
+    cell).
     """
     found = bench[on]
     periodic = [k for k, p in enumerate(found.batch[keys.PBC].any(dim=1).tolist()) if p]
@@ -123,8 +126,8 @@ def check_periodicity(bench: Bench, on: str) -> Outcome:
 def check_batch_independence(bench: Bench, on: str) -> Outcome:
     """A structure has the same outputs alone, in a batch, and in the batch in opposite order.
 
-    When it fails: batch normalisation in training mode; a mean, a softmax or an attention over the whole batch; results
-    returned in another order.
+    When it fails: batch normalisation in training mode; a mean, a softmax or an attention over the whole batch;
+    results returned in another order.
 
     Number: max over structures, rows and components of the change, on the error scale.
     """
@@ -135,10 +138,8 @@ def check_batch_independence(bench: Bench, on: str) -> Outcome:
     return judged(measured, found, bench.limit(found))
 
 
-def _several(bench: Bench):  # type: ignore[no-untyped-def]
+def _several(bench: Bench) -> StructureSet:
     """The main set, with deformed copies where it has one structure only."""
-    import dataclasses
-
     found = bench.main
     if found.n_structures > 1:
         return found
@@ -167,8 +168,8 @@ def check_determinism(bench: Bench, on: str) -> Outcome:
 def check_purity(bench: Bench, on: str) -> Outcome:
     """A call changes neither its input nor torch's global random state, and leaves no gradients behind.
 
-    When it fails: positions are centered or wrapped in place; fields are added to the caller's batch; ``backward()`` is
-    called inside; random numbers come from the global generator.
+    When it fails: positions are centered or wrapped in place; fields are added to the caller's batch; ``backward()``
+    is called inside; random numbers come from the global generator.
 
     Number: how many fields of the input, or parts of the global state, a call has changed.
     """

@@ -6,10 +6,11 @@ import math
 
 import torch
 
+from symmetrize import keys
 from symmetrize.testing.bench import Bench
 from symmetrize.testing.catalog import check
 from symmetrize.testing.checks.common import findings
-from symmetrize.testing.elements import random_elements
+from symmetrize.testing.elements import moved_to, random_elements, shortest_distances
 from symmetrize.testing.measures import Measurement, measure_equivariance
 from symmetrize.testing.outcome import Finding, Outcome
 from symmetrize.testing.scales import evaluate
@@ -82,24 +83,25 @@ def _kind(single: float, double: float, factor: float) -> str:
 def check_arithmetic(bench: Bench, on: str) -> Outcome:
     """The rounding noise of the outputs is that of the dtype of the positions.
 
-    When it fails: positions, distances or weights are cast to float32 (or lower) on the way; a large constant, such as a
-    total energy, is added before a difference is taken.
+    When it fails: positions, distances or weights are cast to float32 (or lower) on the way; a large constant, such
+    as a total energy, is added before a difference is taken.
 
-    Number: RMS of the sixth differences of an output over steps of a few roundings of the positions, divided by
-    sqrt(924), over the error scale and over eps: the noise of one evaluation.
+    Number: RMS of the sixth differences of an output over small displacements of all atoms, divided by sqrt(924),
+    over the error scale and over eps: the noise of one evaluation. The displacements, 1e-4 of the shortest distance
+    (float32: 2e-3), are too small for a smooth function to have sixth differences, and large enough to change numbers
+    of lower precision.
     """
     found = bench.part(bench.main, range(min(3, bench.main.n_structures)))
     batch = found.batch
     eps = torch.finfo(bench.subject.dtype).eps
     generator = bench.generator("arithmetic")
     rows: dict[str, list[torch.Tensor]] = {}
-    pos = batch["pos"]
-    direction = torch.randn(pos.shape, dtype=torch.float64, generator=generator)
-    scale = max(float(pos.abs().max()), 1.0)
-    from symmetrize.testing.elements import moved_to
-
+    pos = batch[keys.POS]
+    lengths = shortest_distances(batch)[batch[keys.BATCH]][:, None]
+    direction = torch.randn(pos.shape, dtype=torch.float64, generator=generator).to(pos.device)
+    step = 1e-4 if bench.subject.dtype == torch.float64 else 2e-3
     for k in range(13):
-        moved = pos.to(torch.float64) + 16.0 * k * eps * scale * direction.to(pos.device)
+        moved = pos.to(torch.float64) + step * k * lengths * direction
         values = evaluate(bench.model, moved_to(batch, moved), bench.subject.declared(batch))
         for name, value in values.items():
             rows.setdefault(name, []).append(value.rows.reshape(len(value.rows), -1))
@@ -115,5 +117,3 @@ def check_arithmetic(bench: Bench, on: str) -> Outcome:
         number = noise / size / eps if math.isfinite(noise) else math.inf
         out.append(Finding(name, number, allowed, unit="eps"))
     return Outcome(tuple(out), seed=generator.initial_seed())
-
-

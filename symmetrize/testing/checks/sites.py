@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from symmetrize import keys
 from symmetrize.testing.bench import Bench
 from symmetrize.testing.catalog import check
-from symmetrize.testing.elements import split
 from symmetrize.testing.outcome import Finding, Outcome
 from symmetrize.testing.sites import measure_degeneracies, measure_symmetric_sites
-from symmetrize.testing.symmetry_operations import symmetry_operations
 
 
 def _symmetric(bench: Bench) -> Sequence[str]:
@@ -19,11 +17,7 @@ def _symmetric(bench: Bench) -> Sequence[str]:
 
 
 def _chosen(bench: Bench, on: str) -> list[int]:
-    known = bench.symmetric.get(on)
-    if known is None:
-        known = [k for k, s in enumerate(split(bench[on].batch)) if len(symmetry_operations(s)) > 1]
-        bench.symmetric[on] = known
-    return known
+    return [k for k, operations in enumerate(bench.operations(bench[on])) if len(operations) > 1]
 
 
 @check(
@@ -93,8 +87,8 @@ def check_degeneracy_splitting(bench: Bench, on: str) -> Outcome:
 
     When it fails: the energy depends on orientation, and the dynamical matrix has lost the symmetry of the structure.
 
-    Number: largest spread of the eigenvalues of the Hessian within a space that symmetry makes degenerate, over the RMS
-    eigenvalue. Hessian by finite differences of the forces, unit masses.
+    Number: largest spread of the eigenvalues of the Hessian within a space that symmetry makes degenerate, over the
+    RMS eigenvalue. Hessian by finite differences of the forces, unit masses.
     """
     bench = bench.double()
     chosen = _small(bench, on)[0]

@@ -28,8 +28,8 @@ from symmetrize.testing.structures import YOURS
 def check_orientation_cover(bench: Bench, on: str) -> Outcome:
     """The first structure is equivariant in every orientation of an even cover of the group, not only in a few.
 
-    When it fails, and the other rotation checks pass: there is a patch of orientations in which the model is another one
-    (a branch, a bin, an argmax over absolute directions).
+    When it fails, and the other rotation checks pass: there is a patch of orientations in which the model is another
+    one (a branch, a bin, an argmax over absolute directions).
 
     Number: as for rotations, over an even cover of SO(3) (super-Fibonacci spirals) and its inverted copy.
     """
@@ -54,8 +54,8 @@ def check_orientation_cover(bench: Bench, on: str) -> Outcome:
 def check_orientation_spectrum(bench: Bench, on: str) -> Outcome:
     """Which degrees l and parities the dependence on orientation consists of.
 
-    When it fails: this is recorded and cannot fail. Power in l = 1 is a preferred direction, in l = 2 and 4 the axes of a
-    grid or of the cell, odd parts change sign under inversion; much power in high l means rapid wiggles.
+    When it fails: this is recorded and cannot fail. Power in l = 1 is a preferred direction, in l = 2 and 4 the axes
+    of a grid or of the cell, odd parts change sign under inversion; much power in high l means rapid wiggles.
 
     Number: orientation variance V = E|F|^2 - |E F|^2 of F(g) = rho(g)^-1 f(g x), as standard deviation on the error
     scale; its parts by character projection, P_l = (2l + 1) sum_mm' |int D^l_mm'(g) F(g) dg|^2, from a quadrature of
@@ -88,7 +88,12 @@ def check_orientation_spectrum(bench: Bench, on: str) -> Outcome:
             "even": amplitude[:, 0].tolist(),
             "odd": amplitude[:, 1].tolist() if amplitude.shape[1] > 1 else [],
         }
-    plot = {"kind": "spectrum", "title": "orientation variance by degree", "outputs": shown, "limit": bench.limit(found)}
+    plot = {
+        "kind": "spectrum",
+        "title": "orientation variance by degree",
+        "outputs": shown,
+        "limit": bench.limit(found),
+    }
     return Outcome(tuple(out), (plot,))
 
 
@@ -100,8 +105,8 @@ def check_orientation_spectrum(bench: Bench, on: str) -> Outcome:
 def check_angle_dependence(bench: Bench, on: str) -> Outcome:
     """How the error grows with the angle by which a structure is turned.
 
-    When it fails: this is recorded and cannot fail. A line from the origin is a smooth dependence on orientation; a step
-    at small angles is a jump or noise.
+    When it fails: this is recorded and cannot fail. A line from the origin is a smooth dependence on orientation; a
+    step at small angles is a jump or noise.
 
     Number: RMS over axes, structures and components of |rho(g)^-1 f(g x) - f(x)|, on the error scale.
     """
@@ -123,7 +128,13 @@ def check_angle_dependence(bench: Bench, on: str) -> Outcome:
         series[name] = one.rms.tolist()
         worst = int(one.rms.argmax())
         out.append(
-            Finding(name, float(one.max.max()), rms=float(one.rms[worst]), scale=one.scale.value, worst=f"{degrees[worst]:.0f} degrees")
+            Finding(
+                name,
+                float(one.max.max()),
+                rms=float(one.rms[worst]),
+                scale=one.scale.value,
+                worst=f"{degrees[worst]:.0f} degrees",
+            )
         )
     plot = {
         "kind": "curve",
@@ -145,10 +156,11 @@ def check_angle_dependence(bench: Bench, on: str) -> Outcome:
 def check_lie_derivative(bench: Bench, on: str) -> Outcome:
     """The local equivariance error: how fast outputs change when a structure starts to turn.
 
-    When it fails: this is recorded and cannot fail. For an energy it is the spurious torque per unit of the error scale.
+    When it fails: this is recorded and cannot fail. For an energy it is the spurious torque per unit of the error
+    scale.
 
-    Number: RMS and maximum over the three generators and random orientations of |d/dt rho(exp(t J))^-1 f(exp(t J) g x)|
-    at t = 0, per radian, on the error scale (Gruver et al. 2023, arXiv:2210.02984).
+    Number: RMS and maximum over the three generators and random orientations of |d/dt rho(exp(t J))^-1 f(exp(t J) g
+    x)| at t = 0, per radian, on the error scale (Gruver et al. 2023, arXiv:2210.02984).
     """
     found = bench.part(bench.main, range(min(3, bench.main.n_structures)))
     measured = measure_lie_derivative(
@@ -178,18 +190,21 @@ def check_lie_derivative(bench: Bench, on: str) -> Outcome:
     "No net force, no torque",
     claim="rotations",
     cost=lambda bench, on: bench.main.n_structures,
-    needs=lambda bench: ""
-    if "forces" in bench.subject.outputs and bench.subject.energy is not None
-    else "no forces that derive from an energy",
+    needs=lambda bench: (
+        ""
+        if "forces" in bench.subject.outputs and bench.subject.energy is not None
+        else "no forces that derive from an energy"
+    ),
     unclaimed="record",
 )
 def check_torque(bench: Bench, on: str) -> Outcome:
     """The forces on a free structure add up to zero, and so do their torques.
 
-    When it fails: the energy depends on orientation (torque) or on position (net force): a molecule in empty space would
-    start to spin or to move, and spectra and diffusion are wrong.
+    When it fails: the energy depends on orientation (torque) or on position (net force): a molecule in empty space
+    would start to spin or to move, and spectra and diffusion are wrong.
 
-    Number: |sum F| over RMS force and sqrt(n_atoms); |sum (r - <r>) x F| over RMS force, RMS distance and sqrt(n_atoms).
+    Number: |sum F| over RMS force and sqrt(n_atoms); |sum (r - <r>) x F| over RMS force, RMS distance and
+    sqrt(n_atoms).
     """
     found = bench.main
     measured = measure_torque(bench.model, found.batch, scale=bench.scale(found).get("forces"))
@@ -223,8 +238,8 @@ def check_loss_share(bench: Bench, on: str) -> Outcome:
     When it fails: this is recorded and cannot fail. A small share says that the model's own error is larger than its
     asymmetry, and not that the asymmetry is harmless: torques, splittings and drifts remain.
 
-    Number: variance over random orientations (with K - 1 in the denominator, so that the expectation does not depend on
-    their number K) over the mean squared error over orientations.
+    Number: variance over random orientations (with K - 1 in the denominator, so that the expectation does not depend
+    on their number K) over the mean squared error over orientations.
     """
     found = bench[YOURS]
     outputs = {k: v for k, v in bench.subject.declared(found.batch).items() if k in bench.references}
@@ -242,7 +257,11 @@ def check_loss_share(bench: Bench, on: str) -> Outcome:
     for name, one in measured.items():
         unit = outputs[name].unit
         error = "" if one.standard_error is None else f" ± {100 * one.standard_error:.2g} %"
-        out.append(Finding(f"{name}: share of the squared error", one.share, unit="", worst=f"{100 * one.share:.3g} %{error}"))
+        out.append(
+            Finding(
+                f"{name}: share of the squared error", one.share, unit="of it", worst=f"{100 * one.share:.3g} %{error}"
+            )
+        )
         out.append(Finding(f"{name}: RMSE", one.rmse, unit=unit))
         out.append(Finding(f"{name}: RMSE after averaging over all orientations", one.rmse_symmetrized, unit=unit))
     return Outcome(tuple(out), seed=bench.generator("loss").initial_seed())
@@ -252,9 +271,11 @@ def check_loss_share(bench: Bench, on: str) -> Outcome:
     "Where equivariance is lost",
     claim=None,
     cost=lambda bench, on: 200,
-    needs=lambda bench: "layers can be walked in torch modules only"
-    if bench.subject.module is None
-    else ("check the backbone on its own to see its layers" if bench.subject.kind == "symmetrizer" else ""),
+    needs=lambda bench: (
+        "layers can be walked in torch modules only"
+        if bench.subject.module is None
+        else ("check the backbone on its own to see its layers" if bench.subject.kind == "symmetrizer" else "")
+    ),
 )
 def check_layers(bench: Bench, on: str) -> Outcome:
     """Which layer of a network is the first whose output no longer transforms under any representation.
@@ -287,10 +308,17 @@ def check_layers(bench: Bench, on: str) -> Outcome:
         }
         for layer in report.layers
     ]
-    plot = {"kind": "layers", "title": "layers", "layers": layers, "culprit": None if culprit is None else culprit.label}
+    plot = {
+        "kind": "layers",
+        "title": "layers",
+        "layers": layers,
+        "culprit": None if culprit is None else culprit.label,
+    }
     if culprit is None:
         finding = Finding("layers that break equivariance", 0.0, unit="layers")
     else:
         worst = f"{culprit.label} ({culprit.type_name}) {culprit.transforms_as}"
-        finding = Finding("residual of the first layer that breaks it", culprit.residual, unit="of its output", worst=worst)
+        finding = Finding(
+            "residual of the first layer that breaks it", culprit.residual, unit="of its output", worst=worst
+        )
     return Outcome((finding,), (plot,), note=report.note, seed=report.seed)

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from symmetrize import keys
 from symmetrize.ops.rotations import about_axis, random_rotations
 from symmetrize.testing.bench import Bench
 from symmetrize.testing.catalog import check
-from symmetrize.testing.elements import batched, split, transform
+from symmetrize.testing.elements import batched, transform
 from symmetrize.testing.outcome import Finding, Outcome
 from symmetrize.testing.paths import Path, paths
 from symmetrize.testing.scales import evaluate
@@ -136,7 +135,8 @@ def check_smoothness(bench: Bench, on: str) -> Outcome:
     sort; a frame flips where it is ill-defined; a polynomial switch is not smooth enough; a ReLU has its kink there.
 
     Number: one-sided polynomials are extrapolated to a place from either side and compared, the step is halved until
-    rounding: the smallest jump seen (an upper bound), over the range of the value or the largest size of the derivative.
+    rounding: the smallest jump seen (an upper bound), over the range of the value or the largest size of the
+    derivative.
     """
     bench = bench.double()
     path = _paths(bench)[on]
@@ -250,8 +250,9 @@ def trajectory_path(frames: Sequence[Atoms]) -> Path:
     knots = np.linspace(0.0, 1.0, len(frames))
     if len(frames) == 2:
         ends = np.stack([frames[0].positions, frames[1].positions]), np.stack([f.cell.array for f in frames])
-        positions, cells = (lambda t: ends[0][0] + t * (ends[0][1] - ends[0][0])), (
-            lambda t: ends[1][0] + t * (ends[1][1] - ends[1][0])
+        positions, cells = (
+            (lambda t: ends[0][0] + t * (ends[0][1] - ends[0][0])),
+            (lambda t: ends[1][0] + t * (ends[1][1] - ends[1][0])),
         )
     else:
         positions = CubicSpline(knots, np.stack([f.positions for f in frames]))
