@@ -392,9 +392,8 @@ def table(report: Report, width: int | None = None) -> list[str]:
         )
         shown = _label(verdict) + share
         numbers, where = _worst([r for r in results if r.verdict is verdict])
-        line = f"{name:<{size}}  {shown:<16}  {numbers}  {where}"
-        lines.append(line if len(line) <= width else line[: width - 3] + "...")
-    return lines
+        lines.append(f"{name:<{size}}  {shown:<16}  {numbers}  {where}")
+    return [line if len(line) <= width else line[: width - 3] + "..." for line in lines]
 
 
 def _label(verdict: Verdict) -> str:

@@ -159,6 +159,26 @@ def batch_mean(out, batch):
     return {**out, "energy": out["energy"] + 0.1 * (out["energy"].mean() - out["energy"])}
 
 
+def absolute(out, batch):
+    """Depends on the distance from the origin, and on no direction."""
+    n = len(batch[keys.PTR]) - 1
+    center = segment_sum(batch[keys.POS], batch[keys.BATCH], n) / batch[keys.PTR].diff()[:, None]
+    return {**out, "vector": out["vector"] * (1.0 + 0.1 * center.square().sum(dim=1)[batch[keys.BATCH], None])}
+
+
+def cell_vectors(out, batch):
+    length = batch[keys.CELL].norm(dim=2).square().sum(dim=1)
+    return {**out, "vector": out["vector"] * (1.0 + 0.01 * length[batch[keys.BATCH], None])}
+
+
+def squeezed(v):
+    return v * v.new_tensor([1.0, 1.0, 1.05])
+
+
+def stepped(v):
+    return v * (1.0 + 0.05 * (v[:, 2:] > 0.0).to(v))
+
+
 def noise(out, batch):
     return {**out, "vector": out["vector"] * (1.0 + 0.01 * torch.randn(3, dtype=out["vector"].dtype))}
 
@@ -318,8 +338,26 @@ FAULTS: dict[str, Fault] = {
     ),
     "detached weights": Fault(
         lambda: exact(detached=True),
-        _set("forces_are_gradient", "hessian_symmetry", "stress_is_gradient", "closed_loops"),
-        _set("energy_conservation"),
+        _set(
+            *("forces_are_gradient", "hessian_symmetry", "stress_is_gradient"), *("closed_loops", "energy_conservation")
+        ),
+    ),
+    "absolute positions": Fault(
+        lambda: changing(absolute), _set("translation_invariance"), _set("periodicity", "symmetric_sites")
+    ),
+    "cell vectors as input": Fault(lambda: changing(cell_vectors), _set("periodicity")),
+    "preferred direction, conservative": Fault(
+        lambda: exact(prepare=squeezed),
+        _set(
+            *("rotation_equivariance", "exactness", "torque", "symmetric_sites"),
+            *("degeneracy_splitting", "energy_conservation", "orientation_cover"),
+        ),
+        TURNS,
+    ),
+    "preferred direction, with a step": Fault(
+        lambda: replace(exact(prepare=stepped), claims=frozenset(CLAIMS) - {"locality", "rotations", "inversion"}),
+        _set("rotation_smoothness"),
+        _set("smoothness", *JUMPS),
     ),
     "global random state": Fault(lambda: changing(noise), _set("determinism", "purity"), EVERYTHING),
     "advances the global generator": Fault(lambda: changing(draws), _set("purity")),

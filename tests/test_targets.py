@@ -20,7 +20,7 @@ from e3nn import nn, o3
 
 from symmetrize import OutputSpec, from_ase
 from symmetrize.errors import DeclarationError, InvalidInputError, InvalidTypeError
-from symmetrize.testing import displaced, measure_mutation, measure_smoothness, permute
+from symmetrize.testing import displaced, measure_mutation, permute
 from symmetrize.testing.arguments import of_arguments
 from symmetrize.testing.calculators import of_calculator
 from symmetrize.testing.geometries import random_cluster
@@ -37,7 +37,7 @@ CORE = (
     *SYMMETRIES,
     *("translation_invariance", "permutation_equivariance", "periodicity", "batch_independence", "determinism"),
     *("purity", "finite_outputs", "nontrivial_outputs", "forces_are_gradient", "stress_is_gradient"),
-    *("hessian_symmetry", "arithmetic", "exactness"),
+    *("hessian_symmetry", "exactness"),
 )
 
 SHORT = replace(PROFILES["quick"], name="short", n_structures=1, n_elements=2, n_permutations=1, n_directions=2)
@@ -82,7 +82,7 @@ def _noble(periodic):
     if periodic:
         return [_rattled(bulk("Ar", "fcc", a=5.3, cubic=True), 0.1, 1), _rattled(bulk("Ar", "fcc", a=5.4), 0.1, 2)]
     out = []
-    for n, seed in ((5, 1), (7, 2), (9, 4)):
+    for n, seed in ((5, 1), (7, 2)):
         atoms = random_cluster(n, seed, symbols="HC")
         atoms.positions *= 3.4
         atoms.numbers = np.where(atoms.numbers == 1, 18, 36)
@@ -91,7 +91,7 @@ def _noble(periodic):
 
 
 def _lennard_jones(smooth=True):
-    return LennardJones(sigma=3.4, epsilon=0.01, rc=10.0, ro=7.0, smooth=smooth)
+    return LennardJones(sigma=3.4, epsilon=0.01, rc=7.0, ro=5.9, smooth=smooth)
 
 
 class _Emt(EMT):
@@ -119,13 +119,13 @@ class _Emt(EMT):
 # --- calculators --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("chosen", [slice(0, 3), slice(4, 6), slice(0, 6)], ids=["clusters", "crystals", "mixed"])
+@pytest.mark.parametrize("chosen", [slice(0, 2), slice(3, 5)], ids=["clusters", "slab and crystal"])
 def test_emt_passes(chosen):
     structures = _metals()[chosen]
     subject = of_calculator(EMT(), structures)
     passed = _assert_passes(subject, structures)
     assert {*SYMMETRIES, "forces_are_gradient", "purity", "determinism", "permutation_equivariance"} <= passed
-    assert ("stress_is_gradient" in passed) == (chosen != slice(0, 3))
+    assert ("stress_is_gradient" in passed) == (chosen == slice(3, 5))
 
 
 @pytest.mark.parametrize("periodic", [False, True])
@@ -148,7 +148,7 @@ def test_lennard_jones_passes(periodic):
     ],
 )
 def test_planted_faults_are_found(fault, check):
-    structures = _metals()[:3] if fault != "voigt" else _metals()[4:]
+    structures = _metals()[:2] if fault != "voigt" else _metals()[4:]
     _assert_fails(check, of_calculator(_Emt(fault), structures), structures)
     assert _verdicts(of_calculator(_Emt(""), structures), structures, only=[check])
 
@@ -225,25 +225,21 @@ def test_errors_of_calculators_are_their_own():
 def test_cutoffs_of_real_calculators_are_seen():
     """EMT is cut off where its switch is still 7e-6; a smooth Lennard-Jones is not, the shifted one in its forces."""
 
-    def scan(calc, symbol, radius, output):
-        def build(t):
-            return Atoms([symbol] * 2, [[0, 0, 0], [radius + 1.2 * (float(t) - 0.5), 0, 0]])
+    def jump(calc, symbol, radius, output):
+        def build(distance):
+            return Atoms([symbol] * 2, [[0, 0, 0], [distance, 0, 0]])
 
-        subject = of_calculator(calc, build(0.2))
-        found = measure_smoothness(
-            lambda t: subject.model(from_ase([build(x) for x in t]))[output].reshape(len(t), -1),
-            events=[0.5],
-            n_points=51,
-            n_candidates=1,
-        )
-        return found.relative(0)
+        subject = of_calculator(calc, build(0.5 * radius))
+        inside, outside, span = radius - 1e-12, radius + 1e-12, radius - 0.6
+        values = subject.model(from_ase([build(d) for d in (inside, outside, span)]))[output].reshape(3, -1)
+        return float((values[0] - values[1]).abs().max() / (values[2] - values[1]).abs().max())
 
     emt = EMT()
     emt.initialize(Octahedron("Cu", 2))
-    assert scan(emt, "Cu", emt.rc_list, "energy") > 1e-5
-    assert scan(_lennard_jones(True), "Ar", 10.0, "forces") < 1e-10
-    assert scan(_lennard_jones(False), "Ar", 10.0, "energy") < 1e-10
-    assert scan(_lennard_jones(False), "Ar", 10.0, "forces") > 1e-2
+    assert jump(emt, "Cu", emt.rc_list, "energy") > 1e-5
+    assert jump(_lennard_jones(True), "Ar", 7.0, "forces") < 1e-8
+    assert jump(_lennard_jones(False), "Ar", 7.0, "energy") < 1e-8
+    assert jump(_lennard_jones(False), "Ar", 7.0, "forces") > 1e-2
 
 
 def test_tblite_passes():
@@ -300,10 +296,10 @@ if HAS_METATOMIC:
             for number, system in enumerate(systems):
                 pairs = system.get_neighbor_list(self.options)
                 vectors = pairs.values[:, :, 0]
-                r = torch.sqrt(torch.sum(vectors * vectors, dim=1))
+                # Without a unit, so that the unit of the model makes no difference.
                 z = (vectors[:, 2] / self.cutoff) ** 2
-                x = (r / self.cutoff) ** 2
-                e = self.share * (1 - x) ** 4 * (1.0 + 0.3 * torch.sin(3 * r / 4.0) + self.field * z)
+                x = torch.sum(vectors * vectors, dim=1) / self.cutoff**2
+                e = self.share * (1 - x) ** 4 * (1.0 + 0.3 * torch.sin(3 * torch.sqrt(x)) + self.field * z)
                 first = pairs.samples.column("first_atom").to(torch.int64)
                 atoms = torch.zeros(len(system), dtype=e.dtype).index_add(0, first, e)
                 # In another order than that of the atoms.
@@ -346,7 +342,9 @@ if HAS_METATOMIC:
                 w = (1 - (d * d).sum(dim=1, keepdim=True) / 16.0) ** 3
                 first = pairs.samples.column("first_atom").to(torch.int64)
 
-                def gathered(values, n=len(system), first=first):
+                n = len(system)
+
+                def gathered(values, n=n, first=first):
                     return values.new_zeros(n, *values.shape[1:]).index_add(0, first, values)
 
                 samples += [(number, atom) for atom in range(len(system))]
@@ -437,11 +435,7 @@ FEW = [
 
 
 @needs_metatomic
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"full": False}, {"per_atom": True}, {"dtype": "float32"}, {"unit": "nm"}],
-    ids=["full list", "half list", "per atom", "float32", "nm"],
-)
+@pytest.mark.parametrize("options", [{}, {"dtype": "float32"}], ids=["float64", "float32"])
 def test_an_exported_model_passes(tmp_path, options):
     subject = of_metatomic(_export(tmp_path, **options))
     assert subject.energy == "energy" and set(subject.outputs) == {"energy", "forces"}
@@ -452,25 +446,21 @@ def test_an_exported_model_passes(tmp_path, options):
 
 
 @needs_metatomic
-@pytest.mark.parametrize("options", [{}, {"full": False}, {"per_atom": True}, {"unit": "nm"}])
+@pytest.mark.parametrize("options", [{"full": False}, {"per_atom": True}, {"unit": "nm"}])
 def test_lists_and_units_make_no_difference(tmp_path, options):
     reference, other = (tmp_path / name for name in "ab")
     reference.mkdir(), other.mkdir()
     batch = from_ase([bulk("C", "diamond", a=3.57), _rattled(bulk("C", "fcc", a=2.5), 0.1, 1)])
     expected = of_metatomic(_export(reference)).model(batch)
     got = of_metatomic(_export(other, **options)).model(batch)
-    if "unit" in options:
-        # The same numbers in the unit of the model: 3 r / 4 is not.
-        assert float((got["energy"] - expected["energy"]).abs().max()) > 0.01
-        return
+    assert set(got) - set(expected) == ({"atomic_energy"} if "per_atom" in options else set())
     for name in ("energy", "forces", "stress"):
         torch.testing.assert_close(got[name], expected[name], rtol=1e-11, atol=1e-12)
 
 
 @needs_metatomic
-@pytest.mark.parametrize("full", [True, False])
-def test_a_planted_field_is_found(tmp_path, full):
-    subject = of_metatomic(_export(tmp_path, field=0.5, full=full))
+def test_a_planted_field_is_found(tmp_path):
+    subject = of_metatomic(_export(tmp_path, field=0.5, full=False))
     verdicts = _verdicts(subject, library=True, only=FEW)
     assert verdicts["rotation_equivariance[generic]"] is Verdict.FAILED
     assert verdicts["rotation_equivariance[periodic]"] is Verdict.FAILED
@@ -660,7 +650,7 @@ def test_a_graph_network_passes():
     subject, batch = of_arguments(_Message(), samples, outputs, positions="pos")
     assert subject.outputs["node"].per == "atom" and subject.outputs["total"].per == "structure"
     passed = _assert_passes(subject, batch)
-    assert {*SYMMETRIES, "permutation_equivariance", "translation_invariance", "arithmetic"} <= passed
+    assert {*SYMMETRIES, "permutation_equivariance", "translation_invariance"} <= passed
     # What comes out is what the function returns.
     direct = _Message.forward(subject.module, **{k: v[0] if isinstance(v, tuple) else v for k, v in samples[1].items()})
     assert torch.equal(subject.model(batch)["node"][6:], direct["node"])
@@ -754,7 +744,7 @@ def test_distances_only_pass_everything():
 
     cloud = {"positions": _randn("1o", 6)}
     passed = _assert_passes(*of_arguments(f, [cloud, {"positions": _randn("1o", 4, 3)}], "0e", positions="positions"))
-    assert {*SYMMETRIES, "translation_invariance", "permutation_equivariance", "purity", "arithmetic"} <= passed
+    assert {*SYMMETRIES, "translation_invariance", "permutation_equivariance", "purity"} <= passed
     _assert_fails(
         "rotation_equivariance",
         *of_arguments(lambda positions: f(positions) + positions[:, 0], cloud, "0e", positions="positions"),

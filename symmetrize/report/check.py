@@ -33,6 +33,9 @@ from symmetrize.testing.serialize import report_from_dict
 #: Forms of a report, by the ending of the file.
 SUFFIXES = (".html", ".md", ".json")
 
+#: Options that a command for one result has values of its own for; it must not write over the report of all.
+_REPLACED = ("--only", "--skip", "--seed", "--profile", "--report")
+
 #: Figures of one check that are shown openly.
 _N_FIGURES = 4
 
@@ -82,6 +85,7 @@ def render_check(report: Report, *, structures: bool = True) -> str:
         unit=lambda finding: unit_of(report, finding),
         absolute=lambda finding: absolute_of(report, finding),
         ordered=lambda found: sorted(found, key=lambda f: (f.excess, f.number), reverse=True),
+        about=_about(report),
         place=place,
         ratio=ratio,
     )
@@ -186,9 +190,9 @@ def reproduce(report: Report, result: Result) -> str:
         words = ["symmetrize", "check", "TARGET"]
     kept, skip = [], False
     for word in words:
-        if not skip and word.split("=")[0] not in ("--only", "--seed", "--profile"):
+        if not skip and word.split("=")[0] not in _REPLACED:
             kept.append(word)
-        skip = not skip and word in ("--only", "--seed", "--profile")
+        skip = not skip and word in _REPLACED
     kept += ["--only", result.id, "--seed", str(report.seed), "--profile", report.profile]
     return shlex.join(kept)
 

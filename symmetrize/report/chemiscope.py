@@ -6,6 +6,7 @@ Chemiscope has no export as a page of its own; its library is taken from the ins
 from __future__ import annotations
 
 import base64
+import functools
 import gzip
 import importlib.util
 import json
@@ -24,6 +25,7 @@ FLOOR = -17.0
 _LIBRARY = "sphinx/static/chemiscope.min.js"
 
 
+@functools.lru_cache(maxsize=1)
 def library() -> str | None:
     """Chemiscope's JavaScript with the licenses of what it contains, gzipped, as base64; None where not installed."""
     found = importlib.util.find_spec("chemiscope")
@@ -55,7 +57,9 @@ def dataset(structures: Sequence[Mapping[str, Any]], limit: float | None) -> dic
     if not drawable:
         return None
     names = list(dict.fromkeys(name for s in drawable for name in s.get("atom_errors", {})))
-    properties, choices = {}, []
+    properties: dict[str, dict[str, Any]] = {}
+    choices: list[dict[str, Any]] = []
+    worst: dict[str, float] = {}
     for name in names:
         values: list[float | None] = []
         for s in drawable:
@@ -70,8 +74,9 @@ def dataset(structures: Sequence[Mapping[str, Any]], limit: float | None) -> dic
             "values": [low if v is None else min(v, high + 1.0) for v in values],
             "description": "RMS over rotations, on the error scale",
         }
-        choices.append({"name": name, "property": label, "min": low, "max": high, "worst": max(known, default=FLOOR)})
-    choices.sort(key=lambda choice: -choice["worst"])
+        choices.append({"name": name, "property": label, "min": low, "max": high})
+        worst[name] = max(known, default=FLOOR)
+    choices.sort(key=lambda choice: -worst[choice["name"]])
     return {
         "dataset": {
             "meta": {"name": "structures of the check"},

@@ -283,12 +283,14 @@ def raise_for_failures(report: Report) -> None:
 def explain_failures(report: Report) -> str:
     """One paragraph for each check that failed: its worst result, and on what else it failed.
 
-    Checks that stopped at the same exception share a paragraph.
+    Checks that stopped at the same exception share a paragraph; expected failures are listed with their reasons.
     """
     counts = ", ".join(f"{n} {v.value}" for v, n in report.count().items() if n)
+    # A dict, as several sets share a reason.
+    known = {f"{r.check}: expected to fail: {r.reason}": None for r in report.results if r.verdict is Verdict.EXPECTED}
     if not report.failures:
         verdict = "passed" if report.ok else "nothing was judged"
-        return f"{report.subject['name']}: {verdict} ({counts or 'no checks'})"
+        return "\n".join([f"{report.subject['name']}: {verdict} ({counts or 'no checks'})", *known])
     groups: dict[tuple[str, str], list[Result]] = {}
     for result in worst_first(report.failures):
         key = ("", result.reason) if result.verdict is Verdict.ERROR else (result.check, result.verdict.value)
@@ -299,7 +301,7 @@ def explain_failures(report: Report) -> str:
         if others := [r.on if r.check == results[0].check and r.on else r.id for r in results[1:]]:
             shown = ", ".join(others[:8]) + (f" and {len(others) - 8} more" if len(others) > 8 else "")
             lines.append(f"  the same on: {shown}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *known])
 
 
 def explain(result: Result) -> str:

@@ -11,7 +11,7 @@ from symmetrize.backbone import Backbone
 from symmetrize.data import assemble, edge_vectors, replace, validate, with_neighbors
 from symmetrize.testing.bench import Bench
 from symmetrize.testing.catalog import check
-from symmetrize.testing.elements import copied, moved_to, split
+from symmetrize.testing.elements import copied, moved_to, random_elements, split, transform
 from symmetrize.testing.outcome import Finding, Outcome
 
 
@@ -166,7 +166,7 @@ def check_center_rows(bench: Bench, on: str) -> Outcome:
     ),
 )
 def check_shared_work(bench: Bench, on: str) -> Outcome:
-    """``forward_frames(prepare(batch), edge_vec)`` gives what ``forward(batch)`` gives.
+    """``forward_frames(prepare(batch), edge_vec)`` gives what ``forward`` gives, for turned edge vectors too.
 
     When it fails: something that depends on the orientation was prepared once for all frames, or the order of the
     edges is not that of the batch.
@@ -175,9 +175,10 @@ def check_shared_work(bench: Bench, on: str) -> Outcome:
     """
     backbone = _of(bench)
     batch = _ready(backbone, bench.main.batch)
+    turned = _ready(backbone, transform(batch, random_elements(1, bench.generator("shared"))[0]))
     with torch.no_grad():
-        plain = backbone(copied(batch))
-        shared = backbone.forward_frames(backbone.prepare(copied(batch)), batch[keys.EDGE_VEC])
+        plain = backbone(copied(turned))
+        shared = backbone.forward_frames(backbone.prepare(copied(batch)), turned[keys.EDGE_VEC])
     out = []
     for name in backbone.outputs:
         scale = bench.scales[f"atomic_{name}" if f"atomic_{name}" in bench.scales else name].value
