@@ -102,6 +102,8 @@ def check_target(
         from symmetrize.report.libraries import require_libraries
 
         require_libraries()
+    if library is False and structures is None:
+        raise DeclarationError("--no-library: expected --structures FILE, or there is nothing to check on")
     atoms = None if structures is None else read_structures(structures)
     frames = None if trajectory is None else read_structures(trajectory)
     model = _prepared(load_target(target), symmetrize=symmetrize, group=group, dtype=dtype)

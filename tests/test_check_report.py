@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ase.build import bulk, molecule
 from symmetrize.backbones.toy import ToyLocal
 
 from symmetrize import ECSE, OutputSpec, Symmetrizer
@@ -34,12 +35,7 @@ from symmetrize.testing.runner import run
 from symmetrize.testing.subject import CLAIMS, Subject, of_backbone, of_symmetrizer
 
 OUTPUTS = {"energy": OutputSpec("0e", reduce="sum", unit="eV"), "dipole": OutputSpec("1o", reduce="sum")}
-ONLY = [
-    "rotation_equivariance[generic]",
-    "inversion_equivariance[generic]",
-    "rotation_equivariance[collinear]",
-    "purity",
-]
+ONLY = ["rotation_equivariance", "inversion_equivariance", "purity"]
 COMMAND = "symmetrize check mine.py:model --only purity --seed=3 --profile full --report all.html --dtype float32"
 
 
@@ -69,7 +65,15 @@ def reports() -> dict[str, Report]:
         "nan": dataclasses.replace(bare, name="NaN", model=_nan),
         "raising": dataclasses.replace(bare, name="raises", model=_raising),
     }
-    return {name: run(subject, only=ONLY, command=COMMAND) for name, subject in subjects.items()}
+    structures = [molecule("CH3CH2OH"), molecule("CO2"), bulk("Si")]
+    return {
+        name: run(subject, structures, only=ONLY, command=COMMAND, library=False) for name, subject in subjects.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def pages(reports: dict[str, Report]) -> dict[str, str]:
+    return {name: render_check(report) for name, report in reports.items()}
 
 
 def _plots(hole: Any = math.inf) -> list[dict[str, Any]]:
@@ -171,7 +175,7 @@ def test_the_runs_are_what_they_are_called(reports: dict[str, Report]) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_json_follows_the_schema_and_reads_back_as_it_was(
-    reports: dict[str, Report], name: str, tmp_path: Path
+    reports: dict[str, Report], pages: dict[str, str], name: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "report.json"
     write_check(reports[name], path)
@@ -184,7 +188,7 @@ def test_json_follows_the_schema_and_reads_back_as_it_was(
     if name in ("exact", "bare"):
         assert again == reports[name]
         assert len(again.structures) > 0
-    assert render_check(again) == render_check(reports[name])
+    assert render_check(again) == pages[name]
     assert check_markdown(again) == check_markdown(reports[name])
 
 
@@ -209,8 +213,8 @@ def test_the_schema_accepts_every_kind_of_plot_and_refuses_what_lacks_something(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_page_stands_alone(reports: dict[str, Report], name: str) -> None:
-    text = render_check(reports[name])
+def test_the_page_stands_alone(reports: dict[str, Report], pages: dict[str, str], name: str) -> None:
+    text = pages[name]
     page = _Page(text)
     for tag, attributes in page.found:
         for key in ("src", "href", "data", "action"):
@@ -228,24 +232,24 @@ def test_the_page_stands_alone(reports: dict[str, Report], name: str) -> None:
         assert result.title in text
 
 
-def test_the_page_says_what_failed_and_what_to_suspect(reports: dict[str, Report]) -> None:
-    text = render_check(reports["bare"])
+def test_the_page_says_what_failed_and_what_to_suspect(pages: dict[str, str]) -> None:
+    text = pages["bare"]
     assert ">Failed<" in text and "Probable cause:" in text and "results depend on it" in text
     assert text.index('id="failed"') < text.index('id="structures"') < text.index('id="passed"')
-    fine = render_check(reports["exact"])
+    fine = pages["exact"]
     assert ">Passed<" in fine and "Probable cause:" not in fine and 'id="failed"' not in fine
-    assert 'id="recorded"' in render_check(reports["unclaimed"]) and 'id="recorded"' not in fine
+    assert 'id="recorded"' in pages["unclaimed"] and 'id="recorded"' not in fine
 
 
-def test_what_a_model_says_cannot_leave_its_place(reports: dict[str, Report]) -> None:
-    text = render_check(reports["raising"])
+def test_what_a_model_says_cannot_leave_its_place(reports: dict[str, Report], pages: dict[str, str]) -> None:
+    text = pages["raising"]
     assert "no &lt;weights&gt; &amp; no | bias in &lt;/script&gt;" in text
     assert "<weights>" not in text
     lines = [line for line in check_markdown(reports["raising"]).splitlines() if "weights" in line]
     assert lines and all(r"\<weights\>" in line and r"no \| bias" in line for line in lines)
 
 
-@pytest.mark.parametrize("hole", [math.inf, math.nan, "inf", "nan"])
+@pytest.mark.parametrize("hole", [math.nan, "inf"])
 def test_every_kind_of_figure_takes_numbers_that_are_not_finite(hole: Any) -> None:
     for k, plot in enumerate(_plots(hole)):
         drawn = drawing(plot, f"figure-{k}")
@@ -302,9 +306,9 @@ def test_expected_failures_and_stale_ones_are_told_apart() -> None:
 
 def test_the_command_repeats_one_result(reports: dict[str, Report]) -> None:
     report = reports["bare"]
-    words = shlex.split(reproduce(report, report["rotation_equivariance[generic]"]))
+    words = shlex.split(reproduce(report, report["rotation_equivariance[yours]"]))
     assert words == [
-        *("symmetrize", "check", "mine.py:model", "--dtype", "float32", "--only", "rotation_equivariance[generic]"),
+        *("symmetrize", "check", "mine.py:model", "--dtype", "float32", "--only", "rotation_equivariance[yours]"),
         *("--seed", "0", "--profile", "quick"),
     ]
     for other in ("", "pytest tests", "it's broken"):
@@ -373,14 +377,16 @@ def test_viewer_data_takes_what_is_not_finite_and_leaves_out_what_cannot_be_draw
     assert chemiscope.dataset([broken], None) is None
 
 
-def test_the_viewer_travels_with_the_page_and_can_be_left_out(reports: dict[str, Report], tmp_path: Path) -> None:
+def test_the_viewer_travels_with_the_page_and_can_be_left_out(
+    reports: dict[str, Report], pages: dict[str, str], tmp_path: Path
+) -> None:
     pytest.importorskip("chemiscope")
     library = chemiscope.library()
     assert library is not None
     import base64
 
     assert b"Chemiscope" in gzip.decompress(base64.b64decode(library))
-    text = render_check(reports["exact"])
+    text = pages["exact"]
     assert library in text and 'id="structures"' in text
     write_check(reports["exact"], tmp_path / "small.html", structures=False)
     small = (tmp_path / "small.html").read_text()
@@ -392,7 +398,7 @@ def test_without_chemiscope_the_page_says_how_to_get_it(
 ) -> None:
     monkeypatch.setattr(chemiscope, "library", lambda: None)
     text = render_check(reports["bare"])
-    assert "pip install chemiscope" in text and "ethanol" in text and 'id="scope-library"' not in text
+    assert "pip install chemiscope" in text and "CO2" in text and 'id="scope-library"' not in text
     _Page(text)
 
 

@@ -93,7 +93,7 @@ def test_unusable_options_are_refused(session, arguments, words):
 # --- verdicts -------------------------------------------------------------------------------------------------------
 
 
-def test_every_verdict_is_an_outcome_of_pytest(tmp_path):
+def test_every_verdict_is_an_outcome_of_pytest(session, pytester):
     code = """
 def make():
     return Symmetrizer(ToyGlobal(), ECSE())
@@ -167,7 +167,7 @@ def test_calls():
     ):
         assert words in text, text
     assert "run_task" not in text and "parametrize.py" not in text, "no frame of ours in a traceback"
-    tree = xml.etree.ElementTree.parse(tmp_path / "junit.xml")
+    tree = xml.etree.ElementTree.parse(pytester.path / "junit.xml")
     found = {
         p.get("name"): float(p.get("value"))
         for case in tree.iter("testcase")

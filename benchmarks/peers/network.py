@@ -13,7 +13,7 @@ from symmetrize import keys
 #: Sizes and seed of the network, for the record.
 WIDTH = 32
 N_SPECIES = 8
-LENGTH = 1.5
+LENGTH = 3.0
 SEED = 0
 
 #: Structures that are evaluated at once.
@@ -31,8 +31,8 @@ class Network(torch.nn.Module):
 
     With :math:`h_i = \tanh(W_1 (r_i - \bar r) / L + W_2 s_i)`, :math:`g = \sum_i h_i / 4` and
     :math:`k_i = \tanh(W_3 h_i + W_4 g)`, the energy is :math:`a \cdot \sum_i k_i` and vectors are :math:`B k_i`. The
-    entries of :math:`W_1` are normal with standard deviation 1.5, those of the others are scaled by the square root of
-    their number of columns.
+    entries are normal; those of :math:`W_1` have standard deviation 1 and L is 3 Å, so that the dependence on orientation
+    fades quickly beyond degree 5 or so; the others are divided by the square root of their number of rows.
     """
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class Network(torch.nn.Module):
         def matrix(rows: int, columns: int, scale: float) -> torch.nn.Parameter:
             return torch.nn.Parameter(scale * torch.randn(rows, columns, dtype=torch.float64, generator=generator))
 
-        self.points = matrix(3, WIDTH, 1.5)
+        self.points = matrix(3, WIDTH, 1.0)
         self.species = matrix(N_SPECIES, WIDTH, N_SPECIES**-0.5)
         self.own = matrix(WIDTH, WIDTH, WIDTH**-0.5)
         self.pooled = matrix(WIDTH, WIDTH, WIDTH**-0.5)

@@ -267,6 +267,11 @@ class GateNetwork(torch.nn.Module):
             )
         finally:
             torch.set_default_dtype(before)
+        # Zero at first, which keeps neighbors out of the scalars: an untrained network would prove nothing about them.
+        with torch.no_grad():
+            for name, parameter in self.inner.named_parameters():
+                if ".alpha." in name:
+                    parameter.normal_()
 
     def forward(self, batch: Data) -> dict[str, Tensor]:
         from benchmarks.peers.network import species_features

@@ -94,9 +94,10 @@ def numbers(values: Sequence[Any]) -> np.ndarray:
     return np.array([math.nan if v is None else float(v) for v in values], dtype=np.float64)
 
 
-def plain(text: Any) -> str:
-    """A label without matplotlib's mathematical markup."""
-    return str(text).replace("$", r"\$").lstrip("_") or " "
+def plain(text: Any, width: int = 40, lines: int = 1) -> str:
+    """A label without matplotlib's mathematical markup that fits into a figure."""
+    words = textwrap.wrap(str(text).lstrip("_"), width, max_lines=lines, placeholder=" …")
+    return "\n".join(words).replace("$", r"\$") or " "
 
 
 def _draw(name: str, description: str, plot: Callable[[Any], None], size: tuple[float, float]) -> str:
@@ -140,7 +141,7 @@ def _histogram(plot: Mapping[str, Any], name: str) -> Drawing | None:
             axes.axvline(limit, color=INK, linewidth=1.1, linestyle=(0, (4, 3)))
         axes.set_xscale("log")
         log_axis(axes.xaxis, low, high)
-        axes.set_yticks(np.arange(len(shown)) + 0.3, [plain(o) for o in reversed(shown)])
+        axes.set_yticks(np.arange(len(shown)) + 0.3, [plain(o, 20, 2) for o in reversed(shown)])
         axes.tick_params(axis="y", length=0)
         axes.set_ylim(-0.08, len(shown))
         axes.grid(axis="y", visible=False)
@@ -179,7 +180,7 @@ def _curve(plot: Mapping[str, Any], name: str) -> Drawing | None:
             values = np.maximum(np.where(np.isfinite(y), y, math.nan), 10.0**low) if log else y
             values = np.where(np.isfinite(values), values, math.nan)
             marker = "o" if len(x) <= 40 else None
-            axes.plot(at, values, marker=marker, markersize=3.5, label=plain(label), **style)
+            axes.plot(at, values, marker=marker, markersize=3.5, label=plain(label, 26), **style)
         if log:
             axes.set_yscale("log")
             log_axis(axes.yaxis, low, high, max(1, (high - low) // 5))
@@ -215,7 +216,7 @@ def _scan(plot: Mapping[str, Any], name: str) -> Drawing | None:
             axes.axvline(float(j["t"]), color=BAD, linewidth=1.2, linestyle=(0, (4, 3)))
         for k, (label, y) in enumerate(series.items()):
             values = np.where(np.isfinite(y), y, math.nan)
-            axes.plot(t[: len(y)], values, label=plain(label), **{**_style(k), "linewidth": 1.5})
+            axes.plot(t[: len(y)], values, label=plain(label, 26), **{**_style(k), "linewidth": 1.5})
         _mark_holes(axes, t, series)
         for j in jumps:
             color = MUTED if j.get("ok", True) else BAD
@@ -320,7 +321,7 @@ def _bars(plot: Mapping[str, Any], name: str) -> Drawing | None:
         if log:
             axes.set_xscale("log")
             log_axis(axes.xaxis, low, high, max(1, (high - low) // 5))
-        axes.set_yticks(rows, ["\n".join(textwrap.wrap(plain(label), 26)) for label in labels])
+        axes.set_yticks(rows, [plain(label, 26, 2) for label in labels])
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="y", visible=False)
         axes.spines["left"].set_visible(False)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from symmetrize import keys
 from symmetrize.testing.bench import Bench
 from symmetrize.testing.catalog import check
@@ -48,13 +50,13 @@ def check_symmetric_sites(bench: Bench, on: str) -> Outcome:
         vectors=dict(subject.vectors),
     )
     # The structures are symmetric to rounding only: operations are found to 1e-6, and positions carry errors of 1e-16.
-    limit = 10.0 * bench.limit(found)
+    limit, eps = 10.0 * bench.limit(found), torch.finfo(subject.dtype).eps
     return Outcome(
         tuple(
             Finding(
                 name,
                 one.relative,
-                limit,
+                limit + 8.0 * eps * one.scale.relative(one.scale.magnitude),
                 rms=one.relative_rms,
                 scale=one.scale.value,
                 worst=f"{part.names[one.worst]}, {one.n_operations[int(one.max.argmax())]} operations",
