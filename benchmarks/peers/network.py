@@ -13,7 +13,7 @@ from symmetrize import keys
 #: Sizes and seed of the network, for the record.
 WIDTH = 32
 N_SPECIES = 8
-LENGTH = 3.0
+LENGTH = 4.0
 SEED = 0
 
 #: Structures that are evaluated at once.
@@ -29,10 +29,9 @@ def species_features(z: Tensor, dtype: torch.dtype) -> Tensor:
 class Network(torch.nn.Module):
     r"""Random sums over points: invariant under permutations, infinitely differentiable, not equivariant.
 
-    With :math:`h_i = \tanh(W_1 (r_i - \bar r) / L + W_2 s_i)`, :math:`g = \sum_i h_i / 4` and
+    With :math:`h_i = \tanh(W_1 (r_i - \bar r) / L + W_2 s_i)`, :math:`g = \sum_i h_i / 10` and
     :math:`k_i = \tanh(W_3 h_i + W_4 g)`, the energy is :math:`a \cdot \sum_i k_i` and vectors are :math:`B k_i`. The
-    entries are normal; those of :math:`W_1` have standard deviation 1 and L is 3 Å, so that the dependence on orientation
-    fades quickly beyond degree 5 or so; the others are divided by the square root of their number of rows.
+    entries are normal; those of :math:`W_1` have standard deviation 0.4 and L is 1 Å, times the others are divided by the square root of their number of rows.
     """
 
     def __init__(self) -> None:
@@ -42,7 +41,7 @@ class Network(torch.nn.Module):
         def matrix(rows: int, columns: int, scale: float) -> torch.nn.Parameter:
             return torch.nn.Parameter(scale * torch.randn(rows, columns, dtype=torch.float64, generator=generator))
 
-        self.points = matrix(3, WIDTH, 1.0)
+        self.points = matrix(3, WIDTH, 0.4)
         self.species = matrix(N_SPECIES, WIDTH, N_SPECIES**-0.5)
         self.own = matrix(WIDTH, WIDTH, WIDTH**-0.5)
         self.pooled = matrix(WIDTH, WIDTH, WIDTH**-0.5)
@@ -55,7 +54,7 @@ class Network(torch.nn.Module):
         self.n_evaluations += points.shape[0]
         centered = (points - points.mean(dim=1, keepdim=True)) / LENGTH
         h = torch.tanh(centered @ self.points + species @ self.species)
-        k = torch.tanh(h @ self.own + 0.25 * h.sum(dim=1, keepdim=True) @ self.pooled)
+        k = torch.tanh(h @ self.own + 0.1 * h.sum(dim=1, keepdim=True) @ self.pooled)
         return (k @ self.energy).sum(dim=(1, 2)), k @ self.vector
 
 

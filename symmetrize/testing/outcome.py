@@ -165,7 +165,7 @@ class Result:
                 lines.append(f"  seed {self.outcome.seed}")
         if self.reason:
             lines.append(f"  {self.reason}")
-        if not self.verdict.good:
+        if self.verdict is Verdict.FAILED:
             lines += [f"  property: {self.meaning}", f"  probably: {self.suspicion}"]
         return "\n".join(line for line in lines if line.strip())
 

@@ -101,15 +101,16 @@ def tasks(bench: Bench, only: Sequence[str] | None = None, skip: Sequence[str] =
         Unknown check.
     """
     catalog = all_checks()
+    every = [Task(c, on) for c in catalog.values() for on in ([""] if skip_reason(bench, c) else c.targets(bench))]
     for name in (*(only or ()), *skip):
         known_check(name)
-    for entry in catalog.values():
-        for on in [""] if skip_reason(bench, entry) else entry.targets(bench):
-            task = Task(entry, on)
-            if only and not {entry.name, task.id} & set(only):
-                continue
-            if not {entry.name, task.id} & set(skip):
-                yield task
+        if "[" in name and name not in {task.id for task in every}:
+            listed = [task.id for task in every if task.check.name == name.split("[")[0]]
+            raise DeclarationError(f"check: unknown id {name!r}, {did_you_mean(name, listed)}")
+    for task in every:
+        names = {task.check.name, task.id}
+        if (not only or names & set(only)) and not names & set(skip):
+            yield task
 
 
 def known_check(name: str) -> Check:
@@ -257,9 +258,9 @@ def run(
         try:
             seconds = estimate(bench, chosen)
         except Exception as error:  # the checks will say what is wrong with the model
-            announce(f"{len(chosen)} checks; a first evaluation failed: {_summary(error)}")
+            announce(f"{_checks(len(chosen))}; a first evaluation failed: {_summary(error)}")
         else:
-            announce(f"{len(chosen)} checks, profile {bench.profile.name}: about {_duration(seconds)}")
+            announce(f"{_checks(len(chosen))}, profile {bench.profile.name}: about {_duration(seconds)}")
     results = []
     with _bar(progress, sum(max(task_cost(bench, t), 1) for t in chosen) if progress else 0) as bar:
         for task in chosen:
@@ -320,6 +321,10 @@ def _environment(command: str) -> dict[str, Any]:
         "versions": versions,
         "command": command,
     }
+
+
+def _checks(n: int) -> str:
+    return f"{n} check" if n == 1 else f"{n} checks"
 
 
 def _duration(seconds: float) -> str:

@@ -281,7 +281,10 @@ def _refine(
             best = pair
     # The place is known best where the jump is still itself and the step is smallest.
     finest = [j for j in track if 10.0 * j.noise <= j.size and 0.5 * best.size <= j.size <= 2.0 * best.size]
-    return replace(finest[-1], size=best.size) if finest else best
+    if not finest:
+        return best
+    # Where it was seen most clearly: the noise of the finest step says where looking closer stopped, and no more.
+    return replace(finest[-1], size=best.size, noise=min(j.noise for j in finest))
 
 
 def _best_gap(values: Tensor) -> int:

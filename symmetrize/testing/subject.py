@@ -65,7 +65,8 @@ class Subject:
     claims : frozenset of str
         Of `CLAIMS`.
     smooth : int
-        How many derivatives are claimed to be continuous: 0 (the values), 1 or 2.
+        How many derivatives are claimed to be continuous: 0 (the values), 1 or 2; of forces and stress that derive from
+        an energy, one less.
     energy : str or None
         Output whose negative gradient ``forces`` claim to be.
     vectors : dict of str to str
@@ -340,6 +341,8 @@ def _bare(backbone: Backbone, energy: str | None) -> Model:
         if backbone.cutoff is not None and batch.get(keys.EDGE_INDEX) is None:
             batch = with_neighbors(batch, backbone.cutoff)
         if energy is None:
+            if backbone.cutoff is not None and batch.get(keys.EDGE_VEC) is None:
+                batch = replace_fields(batch, **{keys.EDGE_VEC: edge_vectors(batch)})
             return _reduced(backbone, batch, backbone(batch))
         return _with_gradient(backbone, batch, energy)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from symmetrize.testing.outcome import Finding, Outcome
 from symmetrize.testing.paths import Path, paths
 from symmetrize.testing.scales import evaluate
 from symmetrize.testing.smoothness import Curve, Smoothness, measure_smoothness
+from symmetrize.testing.subject import Subject
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -52,27 +54,53 @@ def judge_smoothness(found: Smoothness, smooth: int = 1) -> list[Finding]:
     return out
 
 
-def scan(bench: Bench, curve: Curve, events: Sequence[float], title: str, n_points: int | None = None) -> Outcome:
-    """Scan a curve of all outputs, judge it, and keep what a figure needs."""
-    found = measure_smoothness(
-        curve,
-        events=events,
-        n_points=n_points or bench.profile.n_points,
-        n_candidates=bench.profile.n_candidates,
-    )
-    listed = judge_smoothness(found, bench.subject.smooth)
-    shown = _shown(found.values)
-    plot = {
-        "kind": "scan",
-        "title": title,
-        "x_label": "t",
-        "t": found.t.tolist(),
-        "series": {f"component {k}": found.values[: len(found.t), k].tolist() for k in shown},
-        "jumps": [
-            {"order": j.order, "t": j.location, "size": f.number, "limit": f.limit, "ok": f.ok}
-            for j, f in zip(found.jumps, listed, strict=True)
-        ],
-    }
+def scan(
+    bench: Bench,
+    at: Callable[[Sequence[float]], Batch],
+    events: Sequence[float],
+    title: str,
+    *,
+    n_points: int | None = None,
+    n_candidates: int | None = None,
+    frames: int | None = None,
+) -> Outcome:
+    """Scan all outputs along a path, judge them, and keep what a figure needs.
+
+    Forces and stress are derivatives of the energy, and have one continuous derivative less to show.
+
+    Parameters
+    ----------
+    at : callable
+        Values of t -> a batch of the structures there.
+    frames : int, optional
+        Number of the last frame of a trajectory, which locations are then given in.
+    """
+    outputs, units = Outputs(bench, at), 1.0 if frames is None else float(frames)
+    listed: list[Finding] = []
+    jumps: list[dict[str, Any]] = []
+    series: dict[str, list[float]] = {}
+    t: list[float] = []
+    for names, smooth in outputs.groups(bench.subject):
+        found = measure_smoothness(
+            outputs.curve(names),
+            events=events,
+            n_points=n_points or bench.profile.n_points,
+            n_candidates=n_candidates or bench.profile.n_candidates,
+        )
+        judged = judge_smoothness(found, smooth)
+        for jump, finding in zip(found.jumps, judged, strict=True):
+            place = jump.location * units
+            where = f"t = {place:.9g}" if frames is None else f"at frame {place:.4f}"
+            quantity = f"{', '.join(names)}: {finding.quantity}"
+            listed.append(dataclasses.replace(finding, quantity=quantity, worst=where))
+            jumps.append(
+                {"order": jump.order, "t": place, "size": finding.number, "limit": finding.limit, "ok": finding.ok}
+            )
+        values = found.values[: len(found.t)]
+        t = (found.t[: len(values)] * units).tolist()
+        series |= {f"{names[0]} {k}": values[:, k].tolist() for k in _shown(values)}
+    label = "t" if frames is None else "frame"
+    plot = {"kind": "scan", "title": title, "x_label": label, "t": t, "series": series, "jumps": jumps}
     return Outcome(tuple(listed), (plot,), note=title)
 
 
@@ -82,31 +110,42 @@ def _shown(values: Tensor, n: int = 4) -> list[int]:
     return spread.topk(min(n, len(spread))).indices.tolist()
 
 
-def all_outputs(bench: Bench, at: Callable[[Sequence[float]], Batch]) -> Curve:
-    """Every output along a path, each divided by its range on it (or a hundredth of its error scale, if larger).
+class Outputs:
+    """Outputs along a path, each divided by its range on it (or a hundredth of its error scale, if larger)."""
 
-    Parameters
-    ----------
-    at : callable
-        Values of t -> a batch of the structures there.
-    """
-    sizes: dict[str, float] = {}
+    def __init__(self, bench: Bench, at: Callable[[Sequence[float]], Batch]) -> None:
+        self.bench, self.at = bench, at
+        self.known: dict[bytes, dict[str, Tensor]] = {}
+        self.sizes: dict[str, float] = {}
+        for name, values in self.rows(torch.linspace(0.0, 1.0, 12, dtype=torch.float64)[1:-1]).items():
+            scale = bench.scales[name].value if name in bench.scales else 0.0
+            spread = float((values.amax(dim=0) - values.amin(dim=0)).max())
+            self.sizes[name] = max(spread if math.isfinite(spread) else 0.0, 1e-2 * scale) or 1.0
 
-    def rows(t: Tensor) -> dict[str, Tensor]:
-        batch = at([float(x) for x in t])
-        found = evaluate(bench.model, batch, bench.subject.declared(batch))
-        return {name: value.rows.reshape(len(t), -1) for name, value in found.items()}
+    def rows(self, t: Tensor) -> dict[str, Tensor]:
+        """All outputs at some places; remembered, since both groups of outputs are asked for at many of them."""
+        key = t.numpy().tobytes()
+        if key not in self.known:
+            batch = self.at([float(x) for x in t])
+            found = evaluate(self.bench.model, batch, self.bench.subject.declared(batch))
+            self.known[key] = {name: value.rows.reshape(len(t), -1) for name, value in found.items()}
+        return self.known[key]
 
-    coarse = rows(torch.linspace(0.0, 1.0, 12, dtype=torch.float64)[1:-1])
-    for name, values in coarse.items():
-        scale = bench.scales[name].value if name in bench.scales else 0.0
-        spread = float((values.amax(dim=0) - values.amin(dim=0)).max())
-        sizes[name] = max(spread if math.isfinite(spread) else 0.0, 1e-2 * scale) or 1.0
+    def groups(self, subject: Subject) -> list[tuple[list[str], int]]:
+        """Names of outputs, and how many continuous derivatives they have to have."""
+        derived = [n for n in self.sizes if n in ("forces", "stress") and subject.energy is not None]
+        others = [n for n in self.sizes if n not in derived]
+        out = [(others, subject.smooth)] if others else []
+        return [*out, (derived, subject.smooth - 1)] if derived and subject.smooth > 0 else out
 
-    def curve(t: Tensor) -> Tensor:
-        return torch.cat([values / sizes[name] for name, values in rows(t).items()], dim=1)
+    def curve(self, names: Sequence[str]) -> Curve:
+        """Some of the outputs side by side."""
 
-    return curve
+        def curve(t: Tensor) -> Tensor:
+            rows = self.rows(t)
+            return torch.cat([rows[name] / self.sizes[name] for name in names], dim=1)
+
+        return curve
 
 
 def _paths(bench: Bench) -> dict[str, Path]:
@@ -141,8 +180,7 @@ def check_smoothness(bench: Bench, on: str) -> Outcome:
     bench = bench.double()
     path = _paths(bench)[on]
     structure = bench.turned(path)
-    curve = all_outputs(bench, lambda t: bench.batch_of([structure(x) for x in t]))
-    return scan(bench, curve, path.events, path.what)
+    return scan(bench, lambda t: bench.batch_of([structure(x) for x in t]), path.events, path.what)
 
 
 @check(
@@ -166,8 +204,8 @@ def check_rotation_smoothness(bench: Bench, on: str) -> Outcome:
     single = bench.part(bench.main, [0]).batch
     worst: Outcome | None = None
     for k, rotation in enumerate(axes):
-        curve = all_outputs(bench, _turning(bench, single, rotation))
-        found = scan(bench, curve, (), f"turn {k} of {bench.main.names[0]}", n_points=max(101, bench.profile.n_points))
+        title = f"turn {k} of {bench.main.names[0]}"
+        found = scan(bench, _turning(bench, single, rotation), (), title, n_points=max(101, bench.profile.n_points))
         if worst is None or _excess(found) > _excess(worst):
             worst = found
     return worst if worst is not None else Outcome(())
@@ -201,29 +239,16 @@ def check_trajectory_smoothness(bench: Bench, on: str) -> Outcome:
     Number: as for critical geometries; t is the number of the frame over the number of the last.
     """
     bench = bench.double()
-    path = trajectory_path(bench.trajectory)
-    curve = all_outputs(bench, lambda t: bench.batch_of([path(x) for x in t]))
-    n = len(bench.trajectory)
-    found = measure_smoothness(
-        curve, n_points=max(bench.profile.n_points, 20 * (n - 1) + 1), n_candidates=3 * bench.profile.n_candidates
+    path, last = trajectory_path(bench.trajectory), len(bench.trajectory) - 1
+    return scan(
+        bench,
+        lambda t: bench.batch_of([path(x) for x in t]),
+        (),
+        "the given trajectory",
+        n_points=max(bench.profile.n_points, 20 * last + 1),
+        n_candidates=3 * bench.profile.n_candidates,
+        frames=last,
     )
-    listed = judge_smoothness(found, bench.subject.smooth)
-    listed = [
-        Finding(f.quantity, f.number, f.limit, unit=f.unit, worst=f"{f.worst}, at frame {j.location * (n - 1):.4f}")
-        for f, j in zip(listed, found.jumps, strict=True)
-    ]
-    plot = {
-        "kind": "scan",
-        "title": "trajectory",
-        "x_label": "frame",
-        "t": (found.t[: len(found.values)] * (n - 1)).tolist(),
-        "series": {f"component {k}": found.values[:, k].tolist() for k in _shown(found.values)},
-        "jumps": [
-            {"order": j.order, "t": j.location * (n - 1), "size": f.number, "limit": f.limit, "ok": f.ok}
-            for j, f in zip(found.jumps, listed, strict=True)
-        ],
-    }
-    return Outcome(tuple(listed), (plot,))
 
 
 def trajectory_path(frames: Sequence[Atoms]) -> Path:
