@@ -140,3 +140,14 @@ def test_every_check_says_what_it_means():
     for check in all_checks().values():
         assert len(check.meaning) > 20 and len(check.suspicion) > 20 and len(check.definition) > 10, check.name
         assert check.claim is None or check.claim in CLAIMS
+
+
+def test_the_page_about_the_checks_is_up_to_date():
+    import importlib.util
+    from pathlib import Path
+
+    folder = Path(__file__).parent.parent / "docs"
+    spec = importlib.util.spec_from_file_location("checks_page", folder / "checks.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.page() == (folder / "checks.md").read_text(encoding="utf-8"), "run: python docs/checks.py"

@@ -1,6 +1,12 @@
-"""Measuring and judging symmetries: structures, paths, group elements, measurements, tolerances."""
+"""The equivariance test harness: measure, judge and report the symmetries of anybody's model."""
 
+from symmetrize.testing.arguments import of_arguments
+from symmetrize.testing.assertions import assert_equivariant, assert_smooth
+from symmetrize.testing.bench import Bench
+from symmetrize.testing.calculators import of_calculator
+from symmetrize.testing.catalog import Check, all_checks
 from symmetrize.testing.derivatives import DerivativeError, conservative, measure_forces_fd, measure_hessian_symmetry
+from symmetrize.testing.dynamics import Dynamics, LoopWork, measure_closed_loops, measure_nve
 from symmetrize.testing.elements import (
     Element,
     batched,
@@ -16,7 +22,20 @@ from symmetrize.testing.elements import (
     translate,
     wrap,
 )
+from symmetrize.testing.front import (
+    CheckFailure,
+    as_subject,
+    check,
+    check_backbone,
+    check_calculator,
+    check_callable,
+    check_metatomic,
+    check_symmetrizer,
+    explain_failures,
+    raise_for_failures,
+)
 from symmetrize.testing.geometries import GEOMETRIES, Geometry, geometries, with_species
+from symmetrize.testing.layers import Layer, LayerReport, measure_layers
 from symmetrize.testing.measures import (
     Deviation,
     Measurement,
@@ -28,50 +47,132 @@ from symmetrize.testing.measures import (
     measure_permutation,
     measure_translation,
 )
+from symmetrize.testing.metatomic import of_metatomic
+from symmetrize.testing.orientation import (
+    AngleDependence,
+    LieDerivative,
+    LossShare,
+    NetForce,
+    Spectrum,
+    measure_angle_dependence,
+    measure_cover,
+    measure_lie_derivative,
+    measure_loss_share,
+    measure_orientation_variance,
+    measure_torque,
+)
+from symmetrize.testing.outcome import Finding, Outcome, Report, Result, Verdict
+from symmetrize.testing.parametrize import parametrize_with_checks
 from symmetrize.testing.paths import Path, paths
+from symmetrize.testing.profile import PROFILES, Profile
+from symmetrize.testing.runner import run
 from symmetrize.testing.scales import Scale, declared, error_scale
+from symmetrize.testing.sites import (
+    Degeneracies,
+    SiteDeviation,
+    measure_degeneracies,
+    measure_symmetric_sites,
+)
 from symmetrize.testing.smoothness import Jump, Smoothness, along, max_derivatives, measure_smoothness
+from symmetrize.testing.subject import CLAIMS, Subject, of_backbone, of_callable, of_symmetrizer
+from symmetrize.testing.symmetry_operations import Operation, symmetry_operations
 from symmetrize.testing.tolerances import EXACT_FACTOR, NEAR_COLLINEAR_FACTOR, tolerance, within
 
 __all__ = [
+    "CLAIMS",
     "EXACT_FACTOR",
     "GEOMETRIES",
     "NEAR_COLLINEAR_FACTOR",
+    "PROFILES",
+    "AngleDependence",
+    "Bench",
+    "Check",
+    "CheckFailure",
+    "Degeneracies",
     "DerivativeError",
     "Deviation",
+    "Dynamics",
     "Element",
+    "Finding",
     "Geometry",
     "Jump",
+    "Layer",
+    "LayerReport",
+    "LieDerivative",
+    "LoopWork",
+    "LossShare",
     "Measurement",
+    "NetForce",
+    "Operation",
+    "Outcome",
     "Path",
+    "Profile",
+    "Report",
+    "Result",
     "Scale",
+    "SiteDeviation",
     "Smoothness",
+    "Spectrum",
+    "Subject",
+    "Verdict",
+    "all_checks",
     "along",
+    "as_subject",
+    "assert_equivariant",
+    "assert_smooth",
     "batched",
     "change_lattice",
+    "check",
+    "check_backbone",
+    "check_calculator",
+    "check_callable",
+    "check_metatomic",
+    "check_symmetrizer",
     "conservative",
     "declared",
     "displaced",
     "error_scale",
+    "explain_failures",
     "geometries",
     "group_elements",
     "max_derivatives",
+    "measure_angle_dependence",
     "measure_batching",
+    "measure_closed_loops",
+    "measure_cover",
+    "measure_degeneracies",
     "measure_determinism",
     "measure_equivariance",
     "measure_forces_fd",
     "measure_hessian_symmetry",
+    "measure_layers",
+    "measure_lie_derivative",
+    "measure_loss_share",
     "measure_mutation",
+    "measure_nve",
+    "measure_orientation_variance",
     "measure_periodicity",
     "measure_permutation",
     "measure_smoothness",
+    "measure_symmetric_sites",
+    "measure_torque",
     "measure_translation",
+    "of_arguments",
+    "of_backbone",
+    "of_calculator",
+    "of_callable",
+    "of_metatomic",
+    "of_symmetrizer",
+    "parametrize_with_checks",
     "paths",
     "permute",
+    "raise_for_failures",
     "random_elements",
+    "run",
     "special_elements",
     "split",
     "supercell",
+    "symmetry_operations",
     "tolerance",
     "transform",
     "translate",

@@ -28,7 +28,7 @@ from symmetrize.testing.structures import YOURS
 def check_orientation_cover(bench: Bench, on: str) -> Outcome:
     """The first structure is equivariant in every orientation of an even cover of the group, not only in a few.
 
-    When it fails: and the other rotation checks pass, there is a patch of orientations in which the model is another
+    When it fails: if the other rotation checks pass, there is a patch of orientations in which the model is another
     one (a branch, a bin, an argmax over absolute directions).
 
     Number: as for rotations, over an even cover of SO(3) (super-Fibonacci spirals) and its inverted copy.
