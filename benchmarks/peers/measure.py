@@ -42,15 +42,22 @@ COLUMNS: dict[str, str] = {
 #: Forces may be this many times the RMS force on generic structures before they count as unbounded.
 BOUNDED = 1e3
 
-#: A model is called approximate where its error on generic structures stays below this share of the error scale.
+#: A model is called approximate where its error on generic structures is below this share of the network's own.
 SMALL = 0.1
 
 #: Where noise raises the limit of the smoothness check above this share of the range, a pass proves nothing.
 RESOLVED = 1e-2
 
 
-def measure(peer: Peer) -> dict[str, Any]:
-    """All checks on a tool: JSON-ready."""
+def measure(peer: Peer, alone: float = 0.0) -> dict[str, Any]:
+    """All checks on a tool: JSON-ready.
+
+    Parameters
+    ----------
+    peer : Peer
+    alone : float
+        Error of the network alone on generic structures.
+    """
     random.seed(0)
     torch.manual_seed(0)
     start = time.perf_counter()
@@ -63,7 +70,7 @@ def measure(peer: Peer) -> dict[str, Any]:
         only=_checks(peer, subjects),
     )
     results = {result.id: _number(result) for result in found.results}
-    cells = _cells(found, subjects)
+    cells = _cells(found, subjects, alone)
     if subjects.gradients is not None and peer.thorough:
         only = [*(f"finite_outputs[{on}]" for on in SETS), "forces_are_gradient"]
         of_forces = run(subjects.gradients, profile=PROFILE, library=True, only=only)
@@ -73,7 +80,11 @@ def measure(peer: Peer) -> dict[str, Any]:
     counted = None if subjects.module is None else _evaluations(subjects)
     if counted is not None:
         low, high = counted
-        cells["evaluations"] = {"verdict": "recorded", "number": high, "note": f"{low}" if low == high else f"{low}-{high}"}
+        cells["evaluations"] = {
+            "verdict": "recorded",
+            "number": high,
+            "note": f"{low}" if low == high else f"{low}-{high}",
+        }
     for key in COLUMNS:
         cells.setdefault(key, {"verdict": "not run"})
     return {
@@ -103,7 +114,11 @@ def _number(result: Result) -> dict[str, Any]:
     worst = None if result.outcome is None else result.outcome.worst
     out: dict[str, Any] = {"verdict": result.verdict.value}
     if worst is not None:
-        out |= {"number": _plain(worst.number), "limit": _plain(worst.limit), "worst": f"{worst.quantity}; {worst.worst}"}
+        out |= {
+            "number": _plain(worst.number),
+            "limit": _plain(worst.limit),
+            "worst": f"{worst.quantity}; {worst.worst}",
+        }
         out["unit"] = worst.unit or "error scale"
     if result.reason:
         out["reason"] = result.reason
@@ -135,7 +150,7 @@ def _cell(result: Result) -> dict[str, Any]:
     return cell
 
 
-def _cells(found: Report, subjects: Subjects) -> dict[str, dict[str, Any]]:
+def _cells(found: Report, subjects: Subjects, alone: float) -> dict[str, dict[str, Any]]:
     by_id = {result.id: result for result in found.results}
     generic = "yours" if subjects.batch is not None else "generic"
     cells: dict[str, dict[str, Any]] = {}
@@ -154,7 +169,7 @@ def _cells(found: Report, subjects: Subjects) -> dict[str, dict[str, Any]]:
         note = "generic passes" if worst["verdict"] != "pass" and permuted[generic]["verdict"] == "pass" else ""
         cells["permutation"] = {**worst, "note": note}
     exact, turned = by_id["exactness"], by_id[f"rotation_equivariance[{generic}]"]
-    cells["kind"] = _kind(exact, turned)
+    cells["kind"] = _kind(exact, turned, alone)
     return cells
 
 
@@ -170,13 +185,13 @@ def _smooth_cell(result: Result) -> dict[str, Any]:
     return cell
 
 
-def _kind(exact: Result, turned: Result) -> dict[str, Any]:
+def _kind(exact: Result, turned: Result, alone: float) -> dict[str, Any]:
     if exact.outcome is None or turned.outcome is None or turned.outcome.worst is None:
         return {"verdict": "error", "note": exact.reason}
     number = turned.outcome.worst.number
     if exact.verdict is Verdict.PASSED:
         word = "exact"
-    elif exact.outcome.note.startswith("approximate") and math.isfinite(number) and number <= SMALL:
+    elif exact.outcome.note.startswith("approximate") and math.isfinite(number) and number <= SMALL * alone:
         word = "approximate"
     else:
         word = "neither"
@@ -203,7 +218,11 @@ def _gradients(subject: Subject, found: Report) -> dict[str, Any]:
             size = float(forces[finite].abs().max()) / typical if bool(finite.any()) else 0.0
             largest[on] = max(largest.get(on, 0.0), size)
     on = max(largest, key=lambda name: largest[name])
-    cell: dict[str, Any] = {"verdict": "pass", "number": _plain(largest[on]), "where": f"{on}, times the generic RMS force"}
+    cell: dict[str, Any] = {
+        "verdict": "pass",
+        "number": _plain(largest[on]),
+        "where": f"{on}, times the generic RMS force",
+    }
     if n_bad or any(r.verdict is Verdict.FAILED for r in results):
         cell |= {"verdict": "fail", "note": f"NaN for {n_bad} atoms"}
     elif not largest[on] <= BOUNDED:

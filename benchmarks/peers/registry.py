@@ -169,7 +169,13 @@ def _gated() -> tuple[torch.nn.Module, dict[str, str], str]:
 
 
 PEERS: tuple[Peer, ...] = (
-    Peer("network", "the network alone", "torch-symmetrize", "control: nothing is symmetrised", lambda: _clouds("network", Clouds)),
+    Peer(
+        "network",
+        "the network alone",
+        "torch-symmetrize",
+        "control: nothing is symmetrised",
+        lambda: _clouds("network", Clouds),
+    ),
     Peer("ecse", "torch-symmetrize", "torch-symmetrize", "Symmetrizer(backbone, ECSE()), O(3)", _ours),
     Peer(
         "frame-averaging",

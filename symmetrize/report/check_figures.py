@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from symmetrize.report.style import GRID, INK, MUTED, draw, log_axis, power_of_ten
+from symmetrize.report.style import GRID, INK, MUTED, draw, log_axis
 from symmetrize.report.tables import number
 
 #: Within the limit, beyond it, not judged; legible on light and on dark.
@@ -112,7 +112,8 @@ def _histogram(plot: Mapping[str, Any], name: str) -> Drawing | None:
     found = {output: numbers(errors) for output, errors in plot.get("outputs", {}).items() if len(errors)}
     if not found:
         return None
-    limits = sorted(set(plot.get("limits") or ([] if plot.get("limit") is None else [float(plot["limit"])])))
+    limits = sorted(plot.get("limits") or ([] if plot.get("limit") is None else [float(plot["limit"])]))
+    limits = sorted({*limits[:1], *limits[-1:]})
     beyond = plot.get("beyond") or {o: int((~(v <= limits[0])).sum()) if limits else 0 for o, v in found.items()}
     shown = sorted(found, key=lambda o: (-beyond[o], list(found).index(o)))[:ROWS]
     shown = [o for o in found if o in shown]
@@ -152,7 +153,7 @@ def _histogram(plot: Mapping[str, Any], name: str) -> Drawing | None:
     count = sum(map(len, found.values()))
     caption = f"{count} errors, one row per output. " + _limit_words(limits) + " Zeros are counted at the left end."
     if len(found) > len(shown):
-        caption += f" Not shown, being smaller: {len(found) - len(shown)} more."
+        caption += f" Not shown: {len(found) - len(shown)} more."
     figure = _draw(name, f"Histogram of errors, {title}", paint, (5.0, 1.1 + 0.42 * max(len(shown), 2)))
     return Drawing(figure, f"Errors: {title}", caption)
 
@@ -160,7 +161,7 @@ def _histogram(plot: Mapping[str, Any], name: str) -> Drawing | None:
 def _limit_words(limits: Sequence[float]) -> str:
     if not limits:
         return "Not judged."
-    values = " and ".join(map(number, limits)).replace("e-", "e\u2011")
+    values = " to ".join(dict.fromkeys(map(number, limits))).replace("e-", "e\u2011")
     return f"Dashed: the limit{'s of the sets' if len(limits) > 1 else ''}, {values}."
 
 
@@ -413,5 +414,3 @@ _PAINTERS: dict[str, Callable[[Mapping[str, Any], str], Drawing | None]] = {
     "layers": _layers,
     "bars": _bars,
 }
-
-__all__ = ["Drawing", "drawing", "merged", "numbers", "power_of_ten"]

@@ -141,7 +141,7 @@ def _not_claimed(report: Report) -> list[str]:
         if scaled:
             worst = max((v if math.isfinite(v) else math.inf for v in scaled), default=0.0)
             parts.append(f"{title} (up to {number(worst)} of the error scale)")
-    return [f"Not claimed, measured only: {_and(parts[:4])}."] if parts else []
+    return [f"Measured, not judged: {_and(parts[:4])}."] if parts else []
 
 
 def grouped(report: Report) -> dict[str, list[Group]]:

@@ -111,8 +111,10 @@ class Outcome:
 
     @property
     def worst(self) -> Finding | None:
-        """The finding that exceeds its limit most."""
-        return max(self.findings, key=lambda f: (f.excess, f.number), default=None)
+        """The finding that exceeds its limit most; where there is no limit, the largest in the unit of the first."""
+        judged = [f for f in self.findings if f.limit is not None]
+        listed = judged or [f for f in self.findings if f.unit == self.findings[0].unit]
+        return max(listed, key=lambda f: (f.excess, f.number), default=None)
 
 
 @dataclass(frozen=True)
