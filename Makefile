@@ -5,12 +5,13 @@ BIN    := $(VENV)/bin
 # More threads than idle cores make small tensors slower, not faster.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install demo test lint types wheel bench clean
+.PHONY: help install demo test lint types wheel bench peers clean
 
 help:
 	@echo "make demo    install, then run the demonstration (runs/demo/report.html)"
 	@echo "make test    install, then run the tests"
 	@echo "make lint    ruff;  make types  mypy;  make wheel  build and check the wheel;  make bench  benchmarks"
+	@echo "make peers   the checks on other symmetrisation tools, in an environment of their own (runs/peers)"
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed, got " + sys.version)'
@@ -42,6 +43,10 @@ wheel: install
 
 bench: install
 	$(BIN)/python -m benchmarks --output runs/bench
+
+# An environment of its own is made in runs/peers/environment; this one only starts it.
+peers: install
+	$(BIN)/python -m benchmarks.peers --output runs/peers
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -201,6 +201,11 @@ def load_target(target: str) -> Any:
 
 
 def _imported(name: str) -> Any:
+    if importlib.util.find_spec("metatomic") is not None:
+        # After torch_geometric it can be imported in a special way only, which the user's code knows nothing of.
+        from symmetrize.testing.metatomic import import_metatomic
+
+        import_metatomic()
     if name.endswith(".py"):
         return _from_file(name)
     folder = str(Path.cwd())

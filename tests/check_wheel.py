@@ -19,6 +19,8 @@ def main(wheel: str) -> None:
     for folder, target in (("backbones/pet/weights", "symmetrize/backbones/pet/weights"), ("symmetrize/demo/data", "")):
         for p in (root / folder).iterdir():
             expected.add(f"{target or folder}/{p.name}")
+    for pattern in ("report/templates/*.html", "report/*.json"):
+        expected |= {f"symmetrize/{p.relative_to(root / 'symmetrize')}" for p in (root / "symmetrize").glob(pattern)}
     missing = sorted(expected - set(names))
     if missing:
         raise SystemExit(f"wheel: missing {missing}")

@@ -53,7 +53,7 @@ def _measure(names: tuple[str, ...], output: Path) -> int:
     from benchmarks.peers import network
     from benchmarks.peers.expected import OTHERS, compare_judges, compare_peer
     from benchmarks.peers.judges import compare
-    from benchmarks.peers.measure import PROFILE, measure
+    from benchmarks.peers.measure import PROFILE, judge_degrees, measure
     from benchmarks.peers.registry import NOT_RUN, PEERS
     from benchmarks.peers.table import render
     from symmetrize.files import write_text
@@ -66,14 +66,13 @@ def _measure(names: tuple[str, ...], output: Path) -> int:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     start = time.perf_counter()
     rows: dict[str, Any] = {}
+    families = {peer.family for peer in PEERS if peer.family and (not names or peer.key in names)}
     not_run, unexpected = dict(NOT_RUN), []
     for peer in PEERS:
-        # What the network alone does is what the others are compared with.
-        if names and peer.key not in names and peer.key != "network":
+        if names and peer.key not in names and peer.family not in families:
             continue
-        alone = float(rows["network"]["columns"]["generic"]["number"]) if rows else 0.0
         try:
-            row = measure(peer, alone)
+            row = measure(peer)
         except ImportError as error:
             not_run[peer.title] = f"cannot be imported: {error}"
             unexpected.append(f"{peer.title}: {not_run[peer.title]}")
@@ -81,9 +80,12 @@ def _measure(names: tuple[str, ...], output: Path) -> int:
             continue
         row["version"] = _version(peer.package)
         row["others"] = OTHERS.get(peer.key, {})
-        unexpected += compare_peer(peer.key, row)
         rows[peer.key] = row
         click.echo(f"{peer.title}: {row['seconds']} s")
+    for family in families:
+        judge_degrees({p.key: rows[p.key] for p in PEERS if p.family == family and p.key in rows})
+    for key, row in rows.items():
+        unexpected += compare_peer(key, row)
     judges = compare()
     unexpected += compare_judges(judges)
     record = {

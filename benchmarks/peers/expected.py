@@ -7,8 +7,8 @@ from typing import Any
 from benchmarks.peers.measure import COLUMNS
 
 _DEGENERATE = (
-    "where eigenvalues of the covariance coincide (methane, SF6, propyne, benzene, the square), eigenvectors are arbitrary "
-    "within their plane or in all directions, and an average over signs is none over those"
+    "where eigenvalues of the covariance coincide (methane, SF6, propyne, benzene, the square), eigenvectors are "
+    "arbitrary within their plane or in all directions, and an average over signs is none over those"
 )
 _GAPS = "the derivative of an eigenvector divides by the gaps between eigenvalues"
 _ROUNDING = "in degenerate structures, rounding decides about the frame, and rounding depends on the order of the atoms"
@@ -16,16 +16,19 @@ _JUMPS = "the frame jumps where eigenvalues cross"
 _NETWORK = "nothing makes the network equivariant"
 _SIGN = "eigenvectors have no sign: which of the two comes out depends on the orientation"
 _ONE_SIGN = (
-    "one of the eight choices of signs, by the sign of the sum of the components of each eigenvector, which depends on the "
-    "orientation"
+    "one of the eight choices of signs, by the sign of the sum of the components of each eigenvector, which depends on "
+    "the orientation"
 )
 _RANDOM = "one of the eight frames is drawn at random in every call"
 _WITHIN = "the energy is differentiated within each frame, and how the frame moves with the atoms is left out"
 _VANISH = (
     "the vectors that the frame is made of vanish or become parallel in symmetric, planar and collinear structures, and "
-    "rounding decides"
+    "rounding decides; so it does about which of several equally near neighbors count"
 )
-_NOISE = "where the vectors that the frame is made of are parallel or vanish, random noise is added to them, new in every call"
+_NOISE = (
+    "where the vectors that the frame is made of are parallel or vanish, random noise is added to them, new in every "
+    "call"
+)
 _NORMS = "the division by a length or an area that vanishes is as steep as rounding allows"
 _FIXED = (
     "a sum over a fixed set of orientations is exact for what varies with no more than its degree, and not beyond it"

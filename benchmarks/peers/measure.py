@@ -6,6 +6,8 @@ import dataclasses
 import math
 import random
 import time
+from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -42,22 +44,15 @@ COLUMNS: dict[str, str] = {
 #: Forces may be this many times the RMS force on generic structures before they count as unbounded.
 BOUNDED = 1e3
 
-#: A model is called approximate where its error on generic structures is below this share of the network's own.
-SMALL = 0.1
+#: A tool with a degree is approximate where its error on generic structures falls by this factor from one to the next.
+FALLS = 10.0
 
 #: Where noise raises the limit of the smoothness check above this share of the range, a pass proves nothing.
 RESOLVED = 1e-2
 
 
-def measure(peer: Peer, alone: float = 0.0) -> dict[str, Any]:
-    """All checks on a tool: JSON-ready.
-
-    Parameters
-    ----------
-    peer : Peer
-    alone : float
-        Error of the network alone on generic structures.
-    """
+def measure(peer: Peer) -> dict[str, Any]:
+    """All checks on a tool: JSON-ready."""
     random.seed(0)
     torch.manual_seed(0)
     start = time.perf_counter()
@@ -70,7 +65,7 @@ def measure(peer: Peer, alone: float = 0.0) -> dict[str, Any]:
         only=_checks(peer, subjects),
     )
     results = {result.id: _number(result) for result in found.results}
-    cells = _cells(found, subjects, alone)
+    cells = _cells(found, subjects)
     if subjects.gradients is not None and peer.thorough:
         only = [*(f"finite_outputs[{on}]" for on in SETS), "forces_are_gradient"]
         of_forces = run(subjects.gradients, profile=PROFILE, library=True, only=only)
@@ -150,7 +145,7 @@ def _cell(result: Result) -> dict[str, Any]:
     return cell
 
 
-def _cells(found: Report, subjects: Subjects, alone: float) -> dict[str, dict[str, Any]]:
+def _cells(found: Report, subjects: Subjects) -> dict[str, dict[str, Any]]:
     by_id = {result.id: result for result in found.results}
     generic = "yours" if subjects.batch is not None else "generic"
     cells: dict[str, dict[str, Any]] = {}
@@ -169,7 +164,7 @@ def _cells(found: Report, subjects: Subjects, alone: float) -> dict[str, dict[st
         note = "generic passes" if worst["verdict"] != "pass" and permuted[generic]["verdict"] == "pass" else ""
         cells["permutation"] = {**worst, "note": note}
     exact, turned = by_id["exactness"], by_id[f"rotation_equivariance[{generic}]"]
-    cells["kind"] = _kind(exact, turned, alone)
+    cells["kind"] = _kind(exact, turned)
     return cells
 
 
@@ -185,17 +180,21 @@ def _smooth_cell(result: Result) -> dict[str, Any]:
     return cell
 
 
-def _kind(exact: Result, turned: Result, alone: float) -> dict[str, Any]:
+def _kind(exact: Result, turned: Result) -> dict[str, Any]:
     if exact.outcome is None or turned.outcome is None or turned.outcome.worst is None:
         return {"verdict": "error", "note": exact.reason}
     number = turned.outcome.worst.number
-    if exact.verdict is Verdict.PASSED:
-        word = "exact"
-    elif exact.outcome.note.startswith("approximate") and math.isfinite(number) and number <= SMALL * alone:
-        word = "approximate"
-    else:
-        word = "neither"
+    word = "exact" if exact.verdict is Verdict.PASSED else "neither"
     return {"verdict": word, "number": _plain(number), "note": exact.outcome.note}
+
+
+def judge_degrees(rows: Mapping[str, dict[str, Any]]) -> None:
+    """Call those approximate whose error falls with the degree; rows are those of one tool, in ascending degree."""
+    errors = [float(row["columns"]["generic"]["number"]) for row in rows.values()]
+    falls = len(errors) > 1 and all(a >= FALLS * b for a, b in pairwise(errors))
+    for row in rows.values():
+        if falls and row["columns"]["kind"]["verdict"] == "neither":
+            row["columns"]["kind"]["verdict"] = "approximate"
 
 
 def _gradients(subject: Subject, found: Report) -> dict[str, Any]:

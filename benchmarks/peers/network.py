@@ -31,7 +31,8 @@ class Network(torch.nn.Module):
 
     With :math:`h_i = \tanh(W_1 (r_i - \bar r) / L + W_2 s_i)`, :math:`g = \sum_i h_i / 10` and
     :math:`k_i = \tanh(W_3 h_i + W_4 g)`, the energy is :math:`a \cdot \sum_i k_i` and vectors are :math:`B k_i`. The
-    entries are normal; those of :math:`W_1` have standard deviation 0.4 and L is 1 Å, times the others are divided by the square root of their number of rows.
+    entries are normal; those of :math:`W_1` have standard deviation 0.4 and L is
+    4 Å; the others are divided by the square root of their number of rows.
     """
 
     def __init__(self) -> None:

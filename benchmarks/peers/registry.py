@@ -63,6 +63,8 @@ class Peer:
         () -> Subjects.
     smooth, thorough : bool
         Whether smoothness is measured; whether anything is but rotations of generic structures and exactness.
+    family : str
+        Tools that differ by a degree, which are run together, in ascending degree.
     """
 
     key: str
@@ -72,6 +74,7 @@ class Peer:
     build: Callable[[], Subjects]
     smooth: bool = True
     thorough: bool = True
+    family: str = ""
 
 
 def _clouds(name: str, make: Callable[[], Clouds], group: str = "O(3)", passes: int = 1) -> Subjects:
@@ -208,15 +211,15 @@ PEERS: tuple[Peer, ...] = (
         "equiadapt",
         "equiadapt",
         "equiadapt",
-        f"EquivariantPointcloudCanonicalization(VNSmall), n_knn={tools.N_KNN} or the number of atoms, mean pooling, random "
-        "weights, eval(); invariant outputs only; SO(3)",
+        f"EquivariantPointcloudCanonicalization(VNSmall), n_knn={tools.N_KNN} or the number of atoms, mean pooling, "
+        "random weights, eval(); invariant outputs only",
         lambda: _clouds("equiadapt", tools.Canonicalized, "SO(3)"),
     ),
     Peer(
         "lloca",
         "lloca",
         "lloca",
-        "LearnedSO3Frames(MLPVectors, is_global=True), random weights, eval(); SO(3)",
+        "LearnedSO3Frames(MLPVectors, is_global=True), random weights, eval()",
         lambda: _clouds("lloca", tools.LocalCanonicalization, "SO(3)"),
     ),
     *(
@@ -228,6 +231,7 @@ PEERS: tuple[Peer, ...] = (
             lambda degree=degree: _metatomic(degree),  # type: ignore[misc]
             smooth=degree < 7,
             thorough=degree < 11,
+            family="metatomic",
         )
         for degree in (3, 7, 11)
     ),
@@ -245,5 +249,5 @@ PEERS: tuple[Peer, ...] = (
 
 #: What is known and not run, and why.
 NOT_RUN: dict[str, str] = {
-    "minimal frame averaging (divelab/MFA)": "not on PyPI: pip finds no package minimal_frame, the name in its setup.py",
+    "minimal frame averaging (divelab/MFA)": "not on PyPI, where there is no minimal_frame, the name in its setup.py",
 }

@@ -1,4 +1,4 @@
-"""Adapters: the network of `benchmarks.peers.network` inside of other people's tools, by their documented interfaces."""
+"""Adapters: the network of `benchmarks.peers.network` inside of other tools, by their documented interfaces."""
 
 from __future__ import annotations
 
@@ -214,8 +214,9 @@ def symmetrized_metatomic(degree: int) -> tuple[Any, Network]:
     from symmetrize.testing.metatomic import import_metatomic
 
     metatomic = import_metatomic()
-    from benchmarks.peers.exported import NetworkModule
     from metatomic.torch.o3 import SymmetrizedModel
+
+    from benchmarks.peers.exported import NetworkModule
 
     module = NetworkModule()
     capabilities = metatomic.ModelCapabilities(

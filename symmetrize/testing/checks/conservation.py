@@ -194,10 +194,10 @@ def check_energy_conservation(bench: Bench, on: str) -> Outcome:
         )
     ]
     if "translation" in subject.claims:
-        out.append(Finding("momentum", measured.relative_momentum, loose, unit="of the atoms'"))
+        out.append(Finding("momentum", measured.relative_momentum, loose, unit="of the atoms' own"))
     angular = measured.relative_angular_momentum
     if angular == angular:
         claimed = "rotations" in subject.claims
         allowed = max(loose, 1e3 * (subject.tolerance or 0.0)) if claimed else None
-        out.append(Finding("angular momentum", angular, allowed, unit="of the atoms'"))
+        out.append(Finding("angular momentum", angular, allowed, unit="of the atoms' own"))
     return Outcome(tuple(out), seed=generator.initial_seed())
