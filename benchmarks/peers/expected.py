@@ -22,8 +22,8 @@ _ONE_SIGN = (
 _RANDOM = "one of the eight frames is drawn at random in every call"
 _WITHIN = "the energy is differentiated within each frame, and how the frame moves with the atoms is left out"
 _VANISH = (
-    "the vectors that the frame is made of vanish or become parallel in symmetric, planar and collinear structures, and "
-    "rounding decides; so it does about which of several equally near neighbors count"
+    "the vectors that the frame is made of vanish or become parallel in symmetric, planar and collinear structures, "
+    "and rounding decides; so it does about which of several equally near neighbors count"
 )
 _NOISE = (
     "where the vectors that the frame is made of are parallel or vanish, random noise is added to them, new in every "

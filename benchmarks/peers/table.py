@@ -7,33 +7,36 @@ from typing import Any
 
 from benchmarks.peers.measure import BOUNDED, COLUMNS, FALLS, RESOLVED
 
-_HOW = """Every tool gets the same network, random and fixed (seed {seed}, float64): sums over points with two hidden
-layers, invariant under permutations, infinitely differentiable, and not equivariant. Layers and networks that are
-equivariant by construction (e3nn) have random weights of their own. The checks are those of `symmetrize.testing`
-(profile `quick` with three paths), on sets of three structures each: generic (ethanol, a chiral center, a random
-cluster), symmetric (methane, propyne, SF6), planar (water, benzene, a square of H), collinear (CO2, H2, C2H2). Paths:
-through the tetrahedron, through the square, bending CO2. Only isolated structures are used. What is expected of every
-tool is recorded with a reason (`benchmarks/peers/expected.py`); the run fails where a tool does better or worse."""
+_HOW = """Every tool gets the same network, random and fixed (seed {seed}, float64): sums over points with two
+hidden layers, invariant under permutations, infinitely differentiable, and not equivariant. Layers and networks
+that are equivariant by construction (e3nn) have random weights of their own. The checks are those of
+`symmetrize.testing` (profile `quick` with three paths), on sets of three structures each: generic (ethanol, a
+chiral center, a random cluster), symmetric (methane, propyne, SF6), planar (water, benzene, a square of H),
+collinear (CO2, H2, C2H2). Paths: through the tetrahedron, through the square, bending CO2. Only isolated structures
+are used. What is expected of every tool is recorded with a reason (`benchmarks/peers/expected.py`); the run fails
+where a tool does better or worse."""
 
-_READING = """✓ passed, ✗ failed, with the largest error on the error scale of the check; (…) measured, not claimed; – not measured.
-Rotations: named rotations, the structures' own symmetry operations, and random ones. Smooth: largest jump of
-a value or first derivative over its range; a pass whose limit noise has raised above {resolved:g} of the range counts
-as failure. Gradients finite: no NaN, and no force above {bounded:g} times the RMS force on generic structures (the
-number), on all four sets as they are and turned once. Forces are the gradient: against finite differences, on generic
-structures. Exact: the error on generic structures is rounding in float32 and in float64; approximate: it is the same in
-both, and falls at least {falls:g}-fold from one degree of the tool to the next. Evaluations: of the network, for one structure and one
-output."""
+_READING = """✓ passed, ✗ failed, with the largest error on the error scale of the check; (…) measured, not claimed;
+– not measured. Rotations: named rotations, the structures' own symmetry operations, and random ones. Smooth:
+largest jump of a value or first derivative over its range; a pass whose limit noise has raised above {resolved:g}
+of the range counts as failure. Gradients finite: no NaN, and no force above {bounded:g} times the RMS force on
+generic structures (the number), on all four sets as they are and turned once. Forces are the gradient: against
+finite differences, on generic structures. Exact: the error on generic structures is rounding in float32 and in
+float64; approximate: it is the same in both, and falls at least {falls:g}-fold from one degree of the tool to the
+next. Evaluations: of the network, for one structure and one output."""
 
-_LIMITS = """* Twelve small molecules and one network are few. A pass means that nothing was found on these.
-* The error scale is how much an output responds to small deformations, or varies between structures. It is found anew for
-  every tool, so the numbers of failures compare orders of magnitude only. Energies vary little on it here, so that an
-  error of 1 can be a small part of the energy itself.
+_LIMITS = """\
+* Twelve small molecules and one network are few. A pass means that nothing was found on these.
+* The error scale is how much an output responds to small deformations, or varies between structures. It is found
+  anew for every tool, so the numbers of failures compare orders of magnitude only. Energies vary little on it here,
+  so that an error of 1 can be a small part of the energy itself.
 * Verdicts on degenerate structures depend on whether rounding happens to hide a tie. A tool may also pass because a
   structure is too symmetric to tell its choices apart: inversion leaves CO2, H2 and C2H2 unchanged.
 * The smoothness check allows for the rounding noise of a function; where that is as large as the function, as with
   frames drawn at random, its pass means nothing and is not counted.
-* Training, speed, larger systems, periodic structures and other options of the tools are not looked at. Random weights
-  are not what anyone would use: after training, a canonicalisation network may meet degenerate frames at other places.
+* Training, speed, larger systems, periodic structures and other options of the tools are not looked at. Random
+  weights are not what anyone would use: after training, a canonicalisation network may meet degenerate frames at
+  other places.
 * A tool is used for what its interface offers: where there are invariant outputs only, no vectors are checked."""
 
 
@@ -149,15 +152,15 @@ def _judges(rows: list[dict[str, Any]]) -> list[str]:
     counts = "; ".join(f"{name}: {rows[0][name]['runs']}" for name in names)
     table = [[row["model"], *(f"{row[name]['accepted']}/{row[name]['runs']}" for name in names)] for row in rows]
     return [
-        "How often a model was accepted; all but the first should be rejected. Each judge has its default tolerance and "
-        f"number of trials, float64, and {len(rows)} functions of ten points that return a vector per point. Runs with "
+        "How often a model was accepted; all but the first should be rejected. Each judge has its default tolerance "
+        f"and number of trials, float64, and {len(rows)} functions of ten points that return a vector per point. Runs with "
         f"different seeds: {counts}. `check` stands for the checks `finite_outputs`, `nontrivial_outputs`, "
         "`rotation_equivariance`, `inversion_equivariance` and `orientation_cover` of the quick profile.",
         "",
         _table(["model", *names], table),
         "",
         "A comparison with NaN is false, so that no error is found; zero, and outputs far below an absolute tolerance, "
-        "are equivariant as far as that tolerance can tell. A small patch of orientations is met by chance only, by our "
-        "`assert_equivariant` too (a trial of e3nn has four orientations here), and by design in a cover of all "
+        "are equivariant as far as that tolerance can tell. A small patch of orientations is met by chance only, by "
+        "our `assert_equivariant` too (a trial of e3nn has four orientations here), and by design in a cover of all "
         "orientations, which `check` has.",
     ]

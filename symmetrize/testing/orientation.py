@@ -9,27 +9,34 @@ are evaluated many at a time. Non-finite outputs count as infinite errors.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch_geometric.data import Batch, Data
+from torch_geometric.data import Data
 
 from symmetrize import keys
-from symmetrize.data import replace, validate
+from symmetrize.data import validate
 from symmetrize.errors import DeclarationError, InvalidInputError, did_you_mean
 from symmetrize.ops.quadrature import orientation_cover, rotation_quadrature
-from symmetrize.ops.ragged import segment_max, segment_sum
+from symmetrize.ops.ragged import segment_sum
 from symmetrize.ops.rotations import about_axis, random_rotations
 from symmetrize.ops.wigner import handedness, wigner
 from symmetrize.representations import OutputSpec, check_group
-from symmetrize.testing.elements import batched
 from symmetrize.testing.measures import Deviation, Measurement, Scales
+from symmetrize.testing.orbits import (
+    applied,
+    both_parities,
+    changes_over,
+    errors_of,
+    orbit,
+    relative,
+    returned,
+    structure_mean,
+    where_finite,
+)
 from symmetrize.testing.scales import Model, Scale, Values, evaluate, resolve_scale
-
-#: Structures and atoms of all rotated copies in one call of a model.
-_MOST_STRUCTURES, _MOST_ATOMS = 256, 10_000
 
 
 @dataclass(frozen=True)
@@ -210,7 +217,7 @@ def measure_orientation_variance(
     if not (0 <= l_max <= 11 and 2 * l_max <= degree):
         raise InvalidInputError(f"l_max: expected 0 to 11 and at most degree / 2 = {degree / 2:g}, got {l_max}")
     rotations, weights = rotation_quadrature(degree)
-    elements = _both(rotations, group)
+    elements = both_parities(rotations, group)
     n_parities = len(elements) // len(rotations)
     weights = weights.repeat(n_parities) / n_parities
     batch = validate(batch)
@@ -221,14 +228,14 @@ def measure_orientation_variance(
     integrals = {name: torch.zeros((), dtype=torch.float64) for name in reference}
     squares = {name: torch.zeros((), dtype=torch.float64) for name in reference}
     first = 0
-    for some, rows in _orbit(f, batch, outputs, elements, vectors):
+    for some, rows in orbit(f, batch, outputs, elements, vectors):
         weight = weights[first : first + len(some)]
         first += len(some)
         basis = torch.cat([wigner(l, some).flatten(1) for l in range(l_max + 1)], dim=1)
         # Odd functions are those of the rotation times the determinant.
         basis = torch.cat([basis, handedness(some)[:, None] * basis][:n_parities], dim=1)
         for name, value in reference.items():
-            change = (_returned(value.spec, rows[name], some) - value.rows).reshape(len(some), len(value.rows), -1)
+            change = (returned(value.spec, rows[name], some) - value.rows).reshape(len(some), len(value.rows), -1)
             squares[name] = squares[name] + torch.einsum("k,kn->n", weight, change.square().mean(dim=2))
             integrals[name] = integrals[name] + (weight[:, None] * basis).T @ change.flatten(1)
     scales = resolve_scale(f, batch, outputs, reference, scale)
@@ -244,10 +251,11 @@ def measure_orientation_variance(
         power[:, 0, 0] = mean.reshape(len(mean), -1).square().mean(dim=1)
         # Below zero only by rounding.
         variance, power, remainder = (
-            _finite(_structure_mean(x, value.owner, n_structures)).clamp(min=0.0) for x in (variance, power, remainder)
+            where_finite(structure_mean(x, value.owner, n_structures)).clamp(min=0.0)
+            for x in (variance, power, remainder)
         )
         out[name] = Spectrum(
-            name, _finite(mean), variance, power, remainder, scales[name], degree, n_elements=len(elements)
+            name, where_finite(mean), variance, power, remainder, scales[name], degree, n_elements=len(elements)
         )
     return out
 
@@ -275,12 +283,12 @@ def measure_angle_dependence(
     elements = about_axis(axes.repeat_interleave(n_angles, dim=0), angles.repeat(n_axes))
     scales = resolve_scale(f, batch, outputs, reference, scale)
     out = {}
-    for name, changes in _changes(f, batch, outputs, elements, reference, vectors).items():
-        largest, rms = _errors(changes, reference[name].owner, batch)
+    for name, changes in changes_over(f, batch, outputs, elements, reference, vectors).items():
+        largest, rms = errors_of(changes, reference[name].owner, batch)
         largest = largest.reshape(n_axes, n_angles, -1).amax(dim=(0, 2))
         rms = rms.reshape(n_axes, n_angles, -1).square().mean(dim=(0, 2)).sqrt()
         s = scales[name]
-        out[name] = AngleDependence(name, angles, _relative(rms, s), _relative(largest, s), s)
+        out[name] = AngleDependence(name, angles, relative(rms, s), relative(largest, s), s)
     return out
 
 
@@ -325,12 +333,12 @@ def measure_lie_derivative(
     elements = (turns[:, None] @ orientations[None, :, None]).reshape(-1, 3, 3)
     scales = resolve_scale(f, batch, outputs, reference, scale)
     out = {}
-    for name, changes in _changes(f, batch, outputs, elements, reference, vectors).items():
+    for name, changes in changes_over(f, batch, outputs, elements, reference, vectors).items():
         pairs = changes.reshape(3, 2, n_orientations * 3, *changes.shape[1:])
         d = [(plus - minus) / (2.0 * h / 2**k) for k, (plus, minus) in enumerate(pairs)]
         coarse, fine = (4 * d[1] - d[0]) / 3, (4 * d[2] - d[1]) / 3
-        deviation = Deviation(name, cases, *_errors(fine, reference[name].owner, batch), scales[name])
-        doubt, _ = _errors(fine - coarse, reference[name].owner, batch)
+        deviation = Deviation(name, cases, *errors_of(fine, reference[name].owner, batch), scales[name])
+        doubt, _ = errors_of(fine - coarse, reference[name].owner, batch)
         out[name] = LieDerivative(deviation, scales[name].relative(float(doubt.max())))
     return out
 
@@ -362,11 +370,11 @@ def measure_torque(f: Model, batch: Data, *, forces: str = "forces", scale: Scal
     pos = batch[keys.POS].detach().to("cpu", torch.float64)
     arm = pos - (segment_sum(pos, owner, n_structures) / counts[:, None])[owner]
     radius = (segment_sum(arm.square().sum(dim=1), owner, n_structures) / counts).sqrt()
-    force = _finite(segment_sum(rows, owner, n_structures))
-    torque = _finite(segment_sum(torch.linalg.cross(arm, rows), owner, n_structures))
+    force = where_finite(segment_sum(rows, owner, n_structures))
+    torque = where_finite(segment_sum(torch.linalg.cross(arm, rows), owner, n_structures))
     finite = ((counts > 1) & ~batch[keys.PBC].cpu().any(dim=1)).nonzero()[:, 0]
-    relative_force = _relative(force.norm(dim=1) / (3.0 * counts).sqrt(), s)
-    relative_torque = _relative(torque.norm(dim=1)[finite] / ((3.0 * counts).sqrt() * radius)[finite], s)
+    relative_force = relative(force.norm(dim=1) / (3.0 * counts).sqrt(), s)
+    relative_torque = relative(torque.norm(dim=1)[finite] / ((3.0 * counts).sqrt() * radius)[finite], s)
     return NetForce(force, relative_force, finite, torque[finite], relative_torque, s)
 
 
@@ -423,11 +431,11 @@ def measure_loss_share(
     n_structures = batch[keys.PTR].shape[0] - 1
     elements = random_rotations(n_elements, generator, improper=improper)
     out = {}
-    for name, errors in _changes(f, batch, outputs, elements, targets, vectors).items():
+    for name, errors in changes_over(f, batch, outputs, elements, targets, vectors).items():
         errors = errors.reshape(n_elements, errors.shape[1], -1)
         owner = targets[name].owner
         mse, variance = (
-            _finite(segment_sum(x, owner, n_structures))
+            where_finite(segment_sum(x, owner, n_structures))
             for x in (errors.square().mean(dim=(0, 2)), errors.var(dim=0).mean(dim=1))
         )
         out[name] = _loss_share(name, mse, variance, len(owner))
@@ -465,14 +473,14 @@ def measure_cover(
     What happens in a small part of the orientations only, such as where a frame or a sorted order jumps, is missed by a
     few random rotations; a ball of rotations of a measure of 4 / n or more is met with certainty, wherever it is.
     """
-    elements = _both(orientation_cover(n), group)
+    elements = both_parities(orientation_cover(n), group)
     batch = validate(batch)
     reference = evaluate(f, batch, outputs)
     found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in reference}
-    for some, rows in _orbit(f, batch, outputs, elements, vectors):
+    for some, rows in orbit(f, batch, outputs, elements, vectors):
         for name, value in reference.items():
-            expected = _applied(value.spec, value.rows.expand(rows[name].shape), some)
-            found[name].append(_errors(rows[name] - expected, value.owner, batch))
+            expected = applied(value.spec, value.rows.expand(rows[name].shape), some)
+            found[name].append(errors_of(rows[name] - expected, value.owner, batch))
     labels = [f"cover {k + 1} of {n}" for k in range(n)]
     labels = (labels + [f"{label}, inverted" for label in labels])[: len(elements)]
     scales = resolve_scale(f, batch, outputs, reference, scale)
@@ -481,89 +489,3 @@ def measure_cover(
         largest, rms = (torch.cat(x) for x in zip(*errors, strict=True))
         deviations[name] = Deviation(name, tuple(labels), largest, rms, scales[name])
     return Measurement("equivariance over a cover", deviations, batch[keys.POS].dtype)
-
-
-def _both(rotations: Tensor, group: str) -> Tensor:
-    """Rotations and, for O(3), the same ones times the inversion behind them."""
-    return torch.cat([rotations, -rotations]) if check_group(group) == "O(3)" else rotations
-
-
-def _orbit(
-    f: Model, batch: Batch, outputs: Mapping[str, OutputSpec], elements: Tensor, vectors: dict[str, str] | None
-) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-    """f(g x), several elements to a call: these elements, and rows of shape (n, n_rows, *shape) of every output."""
-    n_structures, n_atoms = batch[keys.PTR].shape[0] - 1, batch[keys.POS].shape[0]
-    size = max(1, min(_MOST_STRUCTURES // n_structures, _MOST_ATOMS // n_atoms, len(elements)))
-    copies = batched([batch] * size)
-    for some in elements.split(size):
-        if len(some) < size:
-            copies = batched([batch] * len(some))
-        values = evaluate(f, _turned(copies, some, vectors), outputs)
-        yield some, {name: v.rows.reshape(len(some), -1, *v.spec.shape) for name, v in values.items()}
-
-
-def _turned(copies: Batch, elements: Tensor, vectors: dict[str, str] | None) -> Batch:
-    """`transform` by another element for each of the copies, whose rows follow each other in every field."""
-    g = elements.to(copies[keys.POS].device)
-    fields: dict[str, Tensor | None] = {keys.EDGE_VEC: None}
-    for name in (keys.POS, keys.CELL):
-        rows = copies[name].detach()
-        turned = rows.to(torch.float64).reshape(len(g), -1, 3) @ g.transpose(1, 2)
-        fields[name] = turned.reshape(rows.shape).to(rows.dtype)
-    for name, irreps in (vectors or {}).items():
-        rows = copies[name].detach()
-        index = torch.arange(len(g), device=g.device).repeat_interleave(len(rows) // len(g))
-        fields[name] = OutputSpec(irreps).rotate(rows.to(torch.float64), g, index).to(rows.dtype)
-    return replace(copies, **fields)
-
-
-def _applied(spec: OutputSpec, rows: Tensor, elements: Tensor) -> Tensor:
-    """rho(g) on rows of shape (n, n_rows, *shape), for n elements."""
-    index = torch.arange(len(elements)).repeat_interleave(rows.shape[1])
-    return spec.rotate(rows.flatten(0, 1), elements, index).reshape(rows.shape)
-
-
-def _returned(spec: OutputSpec, rows: Tensor, elements: Tensor) -> Tensor:
-    """The inverse of `_applied`: F from f(g x)."""
-    return _applied(spec, rows, elements.transpose(1, 2))
-
-
-def _changes(
-    f: Model,
-    batch: Batch,
-    outputs: Mapping[str, OutputSpec],
-    elements: Tensor,
-    reference: dict[str, Values],
-    vectors: dict[str, str] | None,
-) -> dict[str, Tensor]:
-    """F(g) minus the rows of the reference: Tensor of shape (n, n_rows, *shape) for every output of it."""
-    found: dict[str, list[Tensor]] = {name: [] for name in reference}
-    for some, rows in _orbit(f, batch, outputs, elements, vectors):
-        for name, value in reference.items():
-            found[name].append(_returned(value.spec, rows[name], some) - value.rows)
-    return {name: torch.cat(parts) for name, parts in found.items()}
-
-
-def _errors(changes: Tensor, owner: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Largest absolute entry and RMS of each copy and structure: two Tensors of shape (n, n_structures)."""
-    n, n_structures = len(changes), batch[keys.PTR].shape[0] - 1
-    flat = changes.reshape(n * len(owner), -1).abs()
-    # Finite check first: a NaN is an infinite error.
-    flat = _finite(flat)
-    index = (torch.arange(n)[:, None] * n_structures + owner).flatten()
-    largest = segment_max(flat.amax(dim=1), index, n * n_structures, 0.0)
-    rms = _structure_mean(flat.square().mean(dim=1), index, n * n_structures).sqrt()
-    return largest.reshape(n, -1), rms.reshape(n, -1)
-
-
-def _structure_mean(rows: Tensor, owner: Tensor, n_structures: int) -> Tensor:
-    counts = torch.bincount(owner, minlength=n_structures).clamp(min=1).to(rows.dtype)
-    return segment_sum(rows, owner, n_structures) / counts.reshape(-1, *[1] * (rows.dim() - 1))
-
-
-def _finite(x: Tensor) -> Tensor:
-    return torch.where(torch.isfinite(x), x, torch.full_like(x, math.inf))
-
-
-def _relative(x: Tensor, scale: Scale) -> Tensor:
-    return torch.tensor([scale.relative(float(v)) for v in x.flatten()], dtype=torch.float64).reshape(x.shape)
