@@ -120,15 +120,16 @@ def _text(key: str, cell: dict[str, Any]) -> str:
 
 
 def _number(value: Any) -> str:
+    """Two digits."""
     if isinstance(value, str):
         return "not finite" if value == "inf" else value
     if not value:
         return "" if value is None else "0"
-    return (
-        f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
-        if not 0.01 <= value < 1e3
-        else f"{value:.2g}"
-    )
+    if 10.0 <= value < 1e3:
+        return f"{value:.0f}"
+    if 0.01 <= value < 10.0:
+        return f"{value:.2g}"
+    return f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
 
 
 def _reasons(peers: dict[str, Any]) -> list[str]:
@@ -153,8 +154,8 @@ def _judges(rows: list[dict[str, Any]]) -> list[str]:
     table = [[row["model"], *(f"{row[name]['accepted']}/{row[name]['runs']}" for name in names)] for row in rows]
     return [
         "How often a model was accepted; all but the first should be rejected. Each judge has its default tolerance "
-        f"and number of trials, float64, and {len(rows)} functions of ten points that return a vector per point. Runs with "
-        f"different seeds: {counts}. `check` stands for the checks `finite_outputs`, `nontrivial_outputs`, "
+        f"and number of trials, float64, and {len(rows)} functions of ten points that return a vector per point. Runs "
+        f"with different seeds: {counts}. `check` stands for the checks `finite_outputs`, `nontrivial_outputs`, "
         "`rotation_equivariance`, `inversion_equivariance` and `orientation_cover` of the quick profile.",
         "",
         _table(["model", *names], table),
