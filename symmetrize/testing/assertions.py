@@ -45,6 +45,7 @@ def assert_equivariant(
     group: str = "O(3)",
     tolerance: float | None = None,
     n_elements: int = 8,
+    n_cover: int = 1000,
     seed: int = 0,
     vectors: Mapping[str, str] | None = None,
     **options: Any,
@@ -69,6 +70,9 @@ def assert_equivariant(
         Largest error on the error scale; by default rounding in the dtype of the inputs.
     n_elements : int
         Random rotations (and as many improper ones).
+    n_cover : int
+        Orientations of an even cover, in which the first structure is tried: 1000 find every patch of a two-hundredth
+        of all orientations. 0: none.
     seed : int
     vectors : dict of str to str, optional
         Further fields of the batch that are turned, as name -> e3nn irreps.
@@ -105,8 +109,12 @@ def assert_equivariant(
     subject = dataclasses.replace(subject, claims=subject.claims | {"rotations", "inversion"})
     # Outside of any check, so that an exception in the model arrives as it is.
     _evaluate_once(subject, structures)
-    profile = dataclasses.replace(PROFILES["quick"], name="assertion", n_structures=None, n_elements=n_elements)
+    profile = dataclasses.replace(
+        PROFILES["quick"], name="assertion", n_structures=None, n_elements=n_elements, n_cover=max(n_cover, 1)
+    )
     only = [*_SOUND, "rotation_equivariance", *(["inversion_equivariance"] if group == "O(3)" else [])]
+    if n_cover:
+        only.append("orientation_cover")
     report = run(subject, structures, profile=profile, seed=seed, library=False, only=only)
     if not report.ok:
         raise CheckFailure(_explain(report, group))

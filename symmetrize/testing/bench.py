@@ -174,7 +174,7 @@ class Bench:
             self._operations[found.name] = [symmetry_operations(s, vectors=vectors) for s in split(found.batch)]
         return self._operations[found.name]
 
-    def own_elements(self, found: StructureSet, limit: int = 4) -> list[Element]:
+    def own_elements(self, found: StructureSet, limit: int = 2) -> list[Element]:
         """A few symmetry operations of the structures of a set, proper and improper."""
         out: list[Element] = []
         for name, operations in zip(found.names, self.operations(found), strict=True):

@@ -206,7 +206,8 @@ def measure_equivariance(
         changed = evaluate(f, transform(batch, element, vectors), outputs)
         pairs = {}
         for name, value in reference.items():
-            expected = value.spec.rotate(value.rows, element.matrix.expand(len(value.rows), 3, 3))
+            every = torch.zeros(len(value.rows), dtype=torch.int64)
+            expected = value.spec.rotate(value.rows, element.matrix[None], every)
             pairs[name] = (expected, changed[name].rows, value.owner)
         cases.append((element.name, pairs))
     return _measurement("equivariance", batch, cases, resolve_scale(f, batch, outputs, reference, scale), generator)

@@ -14,7 +14,6 @@ import torch
 
 from symmetrize.backbone import Backbone
 from symmetrize.errors import DeclarationError, InvalidTypeError, SymmetrizeError, did_you_mean
-from symmetrize.pytest_plugin import MARK
 from symmetrize.symmetrizer import Symmetrizer
 from symmetrize.testing.bench import Bench
 from symmetrize.testing.front import CheckFailure, as_subject, explain, save_report
@@ -90,6 +89,8 @@ def parametrize_with_checks(
         bench=dict(library=library, trajectory=trajectory, references=references),
         options=options,
     )
+    from symmetrize.pytest_plugin import MARK
+
     return getattr(pytest.mark, MARK).with_args(plan)
 
 

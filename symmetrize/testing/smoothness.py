@@ -72,7 +72,7 @@ class Smoothness:
     Attributes
     ----------
     jumps : tuple of Jump
-        The largest of order 0, 1, 2.
+        The largest of order 0, 1, 2 (up to the highest that was asked for).
     max_first, max_second : float
         Largest |f'| and |f''| on the scan (see `max_derivatives`).
     span : float
@@ -133,6 +133,7 @@ def measure_smoothness(
     n_points: int = 201,
     n_candidates: int = 3,
     interval: tuple[float, float] = (0.0, 1.0),
+    highest: int = 2,
 ) -> Smoothness:
     """Largest jumps of value, first and second derivative along a path.
 
@@ -149,6 +150,8 @@ def measure_smoothness(
         against their surroundings.
     interval : tuple of float
         Range of t.
+    highest : int
+        Highest derivative to look at.
     """
     first, last = interval
     if n_points < 16 or not last > first:
@@ -162,11 +165,13 @@ def measure_smoothness(
             bad, t = torch.cat([bad, bad.new_ones(1)]), torch.cat([t, t.new_tensor([event])])
     if bool(bad.any()):
         where = float(t[bad.nonzero()[0, 0]])
-        jumps = tuple(Jump(order, math.inf, where, math.inf, 0.0) for order in range(3))
+        jumps = tuple(Jump(order, math.inf, where, math.inf, 0.0) for order in range(highest + 1))
         return Smoothness(jumps, math.inf, math.inf, math.inf, t, values)
     step = (last - first) / (n_points - 1)
     noise = _noise(curve, t, values)
-    jumps = tuple(_largest(curve, values, t, step, order, noise, events, n_candidates, interval) for order in range(3))
+    jumps = tuple(
+        _largest(curve, values, t, step, order, noise, events, n_candidates, interval) for order in range(highest + 1)
+    )
     span = float((values.amax(dim=0) - values.amin(dim=0)).max())
     slope, curvature = max_derivatives(curve, n_points=n_points, interval=interval)
     return Smoothness(jumps, slope, curvature, span, t, values)

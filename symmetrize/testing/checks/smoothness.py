@@ -31,6 +31,9 @@ LIMITS = (1e-8, 1e-5, 2e-2)
 #: A jump that is no more than this many times the rounding noise of its difference is not told from it.
 _NOISE = 30.0
 
+#: Beyond that, noise is a fault of its own.
+_LOUDEST = 1e-2
+
 _ORDERS = ("value", "first derivative", "second derivative")
 
 
@@ -46,9 +49,9 @@ def judge_smoothness(found: Smoothness, smooth: int = 1) -> list[Finding]:
     """
     sizes = (max(found.span, 1e-2), max(found.max_first, 1e-1), max(found.max_second, 1.0))
     out = []
-    for jump, size, limit, name in zip(found.jumps, sizes, LIMITS, _ORDERS, strict=True):
+    for jump, size, limit, name in zip(found.jumps, sizes, LIMITS, _ORDERS, strict=False):
         number = jump.size / size if math.isfinite(size) else math.inf
-        allowed = max(limit, _NOISE * jump.noise / size) if math.isfinite(jump.noise) else limit
+        allowed = max(limit, min(_NOISE * jump.noise / size, _LOUDEST)) if math.isfinite(jump.noise) else limit
         judged = allowed if jump.order <= smooth else None
         out.append(Finding(name, number, judged, unit="of its range", worst=f"t = {jump.location:.9g}"))
     return out
@@ -86,6 +89,7 @@ def scan(
             events=events,
             n_points=n_points or bench.profile.n_points,
             n_candidates=n_candidates or bench.profile.n_candidates,
+            highest=smooth,
         )
         judged = judge_smoothness(found, smooth)
         for jump, finding in zip(found.jumps, judged, strict=True):
