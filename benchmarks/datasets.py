@@ -46,7 +46,7 @@ SOURCES = (
     Source("carbon", "carbon_100.xyz", 100, False),
 )
 
-#: Tags of `symmetrize.testing.geometries`, each a data set of its own.
+#: Tags of `symmetrize.testing.structures.geometries`, each a data set of its own.
 TAGS = ("generic", "symmetric", "collinear", "near-collinear", "periodic")
 
 

@@ -9,14 +9,16 @@ from symmetrize.testing import CLAIMS, all_checks
 HEAD = """# What is checked
 
 `symmetrize check`, `check_*` and the pytest plugin run the same checks: one function per property, in
-`symmetrize/testing/checks/`. A number is compared with a limit that depends on the precision of the model and on nothing else
-(1e4 machine epsilons of the error scale; 1e5 for nearly collinear structures), unless the subject has a `tolerance`.
+`symmetrize/testing/checks/`. A number is compared with a limit that depends on the precision of the model and on
+nothing else (1e4 machine epsilons of the error scale; 1e5 for nearly collinear structures), unless the subject has a
+`tolerance`.
 
-**Error scale.** RMS over structures of the output minus its composition baseline (a constant per species, by least squares): errors of a
-total energy are compared with how much energies vary, not with its -4209 eV. Forces are compared with the RMS force.
+**Error scale.** RMS over structures of the output minus its composition baseline (a constant per species, by least
+squares): errors of a total energy are compared with how much energies vary, not with its -4209 eV. Forces are compared
+with the RMS force.
 
-**Claims.** A check judges a claim of the model. Everything is claimed unless it is taken back; what is not claimed is measured and
-recorded, or skipped.
+**Claims.** A check judges a claim of the model. Everything is claimed unless it is taken back; what is not claimed is
+measured and recorded, or skipped.
 
 | claim | in words |
 |---|---|

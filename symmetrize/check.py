@@ -20,13 +20,13 @@ from symmetrize.errors import DeclarationError, InvalidInputError, InvalidTypeEr
 from symmetrize.methods.ecse import ECSE
 from symmetrize.registry import list_backbones, load_backbone
 from symmetrize.symmetrizer import Symmetrizer
-from symmetrize.testing.catalog import all_checks
-from symmetrize.testing.declarations import SYNTAX, read_declaration
-from symmetrize.testing.front import EXPORTED_SUFFIXES, as_subject, explain_failures, report_paths, save_report
-from symmetrize.testing.outcome import Finding, Report, Result, Verdict
-from symmetrize.testing.parametrize import is_factory
-from symmetrize.testing.runner import make_bench, run, tasks
-from symmetrize.testing.subject import Subject
+from symmetrize.testing.fronts.front import EXPORTED_SUFFIXES, as_subject, explain_failures, report_paths, save_report
+from symmetrize.testing.fronts.parametrize import is_factory
+from symmetrize.testing.running.catalog import all_checks
+from symmetrize.testing.running.outcome import Finding, Report, Result, Verdict
+from symmetrize.testing.running.runner import make_bench, run, tasks
+from symmetrize.testing.subjects.declarations import SYNTAX, read_declaration
+from symmetrize.testing.subjects.subject import Subject
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -203,7 +203,7 @@ def load_target(target: str) -> Any:
 def _imported(name: str) -> Any:
     if importlib.util.find_spec("metatomic") is not None:
         # After torch_geometric it can be imported in a special way only, which the user's code knows nothing of.
-        from symmetrize.testing.metatomic import import_metatomic
+        from symmetrize.testing.subjects.metatomic import import_metatomic
 
         import_metatomic()
     if name.endswith(".py"):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from symmetrize.testing.parametrize import Case, Group
+    from symmetrize.testing.fronts.parametrize import Case, Group
 
 #: The mark that `parametrize_with_checks` sets.
 MARK = "symmetrize_checks"
@@ -122,7 +122,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     path, state = config.getoption("--symmetrize-report"), config.stash.get(_SESSION, None)
     if path is None or state is None or not (state.groups or state.parts):
         return
-    from symmetrize.testing.parametrize import merged, write_reports
+    from symmetrize.testing.fronts.parametrize import merged, write_reports
 
     # Whatever goes wrong here must not hide what the tests have found.
     try:

@@ -15,7 +15,7 @@ from symmetrize.data import replace as replace_fields
 from symmetrize.ops.ragged import segment_sum
 from symmetrize.ops.rotations import about_axis
 from symmetrize.ops.switches import smooth_cutoff
-from symmetrize.testing.subject import CLAIMS, Subject, of_backbone
+from symmetrize.testing.subjects.subject import CLAIMS, Subject, of_backbone
 
 CUTOFF = 4.0
 
@@ -261,7 +261,7 @@ def wrong_parity() -> Subject:
 
 
 def _turned_ethanol() -> Tensor:
-    from symmetrize.testing.geometries import ethanol
+    from symmetrize.testing.structures.geometries import ethanol
 
     pos = torch.as_tensor(ethanol().positions)
     x, y, z = torch.nn.functional.normalize(pos[-1] - pos[0], dim=0)

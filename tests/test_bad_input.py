@@ -23,7 +23,7 @@ from symmetrize.errors import (
     UnknownSpeciesError,
 )
 from symmetrize.representations import OutputSpec
-from symmetrize.testing.geometries import ethanol, geometries, linear
+from symmetrize.testing.structures.geometries import ethanol, geometries, linear
 
 NAN, INF = float("nan"), float("inf")
 ENERGY = {"energy": OutputSpec("0e", reduce="sum")}

@@ -15,9 +15,9 @@ from symmetrize.backbones.toy import ToyLocal
 
 from symmetrize import OutputSpec
 from symmetrize.report.check import write_check
-from symmetrize.testing.outcome import Finding, Outcome, Report, Result, Verdict
-from symmetrize.testing.runner import run
-from symmetrize.testing.subject import CLAIMS, of_backbone
+from symmetrize.testing.running.outcome import Finding, Outcome, Report, Result, Verdict
+from symmetrize.testing.running.runner import run
+from symmetrize.testing.subjects.subject import CLAIMS, of_backbone
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 CHROMIUM = shutil.which("chromium")

@@ -15,7 +15,7 @@ from symmetrize.calculators import SymmetrizerCalculator
 from symmetrize.data import from_ase
 from symmetrize.errors import DeclarationError, InvalidInputError, InvalidTypeError, SymmetrizeError
 from symmetrize.representations import OutputSpec
-from symmetrize.testing.geometries import crystal, ethanol
+from symmetrize.testing.structures.geometries import crystal, ethanol
 
 
 def model_of(method=None, **options):

@@ -15,9 +15,9 @@ from click.testing import CliRunner
 
 from symmetrize.check import check_target, exit_status, load_target, table
 from symmetrize.cli import main
-from symmetrize.testing.catalog import all_checks
-from symmetrize.testing.geometries import ethanol, water
-from symmetrize.testing.outcome import Finding, Outcome, Report, Result, Verdict
+from symmetrize.testing.running.catalog import all_checks
+from symmetrize.testing.running.outcome import Finding, Outcome, Report, Result, Verdict
+from symmetrize.testing.structures.geometries import ethanol, water
 
 MODELS = '''
 import torch

@@ -30,9 +30,9 @@ from symmetrize.report.check import (
     write_check,
 )
 from symmetrize.report.check_figures import drawing, merged
-from symmetrize.testing.outcome import Finding, Outcome, Report, Result, Verdict
-from symmetrize.testing.runner import run
-from symmetrize.testing.subject import CLAIMS, Subject, of_backbone, of_symmetrizer
+from symmetrize.testing.running.outcome import Finding, Outcome, Report, Result, Verdict
+from symmetrize.testing.running.runner import run
+from symmetrize.testing.subjects.subject import CLAIMS, Subject, of_backbone, of_symmetrizer
 
 OUTPUTS = {"energy": OutputSpec("0e", reduce="sum", unit="eV"), "dipole": OutputSpec("1o", reduce="sum")}
 ONLY = ["rotation_equivariance", "inversion_equivariance", "purity"]

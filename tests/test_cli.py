@@ -15,7 +15,7 @@ from ase.io import read, write
 from click.testing import CliRunner
 
 from symmetrize.cli import main
-from symmetrize.testing.geometries import crystal, ethanol
+from symmetrize.testing.structures.geometries import crystal, ethanol
 
 WEIGHTS = Path(importlib.util.find_spec("symmetrize.backbones").submodule_search_locations[0]) / "pet" / "weights"
 needs_weights = pytest.mark.skipif(

@@ -10,11 +10,11 @@ from faults import exact
 from test_faults import RECORDED, SMALL, failed
 
 from symmetrize import keys
-from symmetrize.testing.arguments import of_arguments
-from symmetrize.testing.calculators import of_calculator
-from symmetrize.testing.catalog import all_checks
-from symmetrize.testing.runner import run
-from symmetrize.testing.subject import CLAIMS
+from symmetrize.testing.running.catalog import all_checks
+from symmetrize.testing.running.runner import run
+from symmetrize.testing.subjects.arguments import of_arguments
+from symmetrize.testing.subjects.calculators import of_calculator
+from symmetrize.testing.subjects.subject import CLAIMS
 
 
 def rescaled(factor: float = 1.0, offset: float = 0.0):

@@ -16,7 +16,7 @@ from torch_geometric.data import Batch, Data
 from symmetrize import keys
 from symmetrize.data import edge_vectors, from_ase, from_points, replace, validate, with_neighbors
 from symmetrize.errors import InvalidInputError, InvalidTypeError
-from symmetrize.testing.geometries import ethanol, geometries
+from symmetrize.testing.structures.geometries import ethanol, geometries
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=40)
 DTYPES = (torch.float64, torch.float32)

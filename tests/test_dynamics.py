@@ -12,7 +12,7 @@ from symmetrize import ECSE, Identity, OutputSpec, Symmetrizer, from_ase
 from symmetrize.data import with_neighbors
 from symmetrize.errors import BackboneOutputError, InvalidInputError
 from symmetrize.testing import conservative, geometries, split
-from symmetrize.testing.dynamics import measure_closed_loops, measure_nve
+from symmetrize.testing.measuring.dynamics import measure_closed_loops, measure_nve
 
 ALL = geometries()
 NAMES = ("ethanol", "rattled carbon", "two N2, skew and near")

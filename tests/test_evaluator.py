@@ -24,7 +24,7 @@ from symmetrize.data import from_ase, from_points, replace, validate
 from symmetrize.frames import FrameMethod, FrameSet, Stratum
 from symmetrize.ops.rotations import random_rotations
 from symmetrize.representations import OutputSpec
-from symmetrize.testing.geometries import crystal, ethanol, geometries, linear, off_axis
+from symmetrize.testing.structures.geometries import crystal, ethanol, geometries, linear, off_axis
 
 EPS = torch.finfo(torch.float64).eps
 OUTPUTS = {
@@ -535,7 +535,7 @@ import torch
 import torch.distributed as dist
 from symmetrize.backbones.toy import ToyLocal
 from symmetrize import ECSE, Symmetrizer, from_ase
-from symmetrize.testing.geometries import ethanol, geometries
+from symmetrize.testing.structures.geometries import ethanol, geometries
 
 
 def parts():

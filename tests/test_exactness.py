@@ -187,7 +187,7 @@ def test_two_skew_dimers_need_candidates_as_far_as_the_backbone_sees():
             )
             return super().frames(batch, **options)
 
-    from symmetrize.testing.geometries import two_hop_collinear
+    from symmetrize.testing.structures.geometries import two_hop_collinear
 
     batch = from_ase(two_hop_collinear(3.0))
     exact, short = model("two-hop", ECSE()), model("two-hop", ShortSighted())

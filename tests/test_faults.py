@@ -8,8 +8,8 @@ from faults import EVERYTHING, FAULTS, PATCH, exact, orientation
 
 from symmetrize import from_ase
 from symmetrize.ops.rotations import about_axis
-from symmetrize.testing.profile import PROFILES
-from symmetrize.testing.runner import run
+from symmetrize.testing.running.profile import PROFILES
+from symmetrize.testing.running.runner import run
 
 SMALL = replace(
     PROFILES["quick"],
@@ -64,7 +64,7 @@ def test_a_cell_that_is_not_rotated_is_not_blamed_on_molecules():
 
 def test_a_trajectory_through_the_patch_finds_it():
     """Tumbling ethanol, seven frames, that a random rotation of any one frame would show nothing for."""
-    from symmetrize.testing.geometries import ethanol
+    from symmetrize.testing.structures.geometries import ethanol
 
     start = ethanol()
     own = orientation(from_ase(start))[1][0]

@@ -12,9 +12,9 @@ from torch_geometric.data import Data
 from symmetrize import ECSE, FrameSet, Identity, OutputSpec, Symmetrizer, keys
 from symmetrize.data import replace as replace_fields
 from symmetrize.ops.ragged import segment_sum
-from symmetrize.testing.profile import PROFILES
-from symmetrize.testing.runner import run
-from symmetrize.testing.subject import of_backbone, of_symmetrizer
+from symmetrize.testing.running.profile import PROFILES
+from symmetrize.testing.running.runner import run
+from symmetrize.testing.subjects.subject import of_backbone, of_symmetrizer
 
 SMALL = replace(PROFILES["quick"], n_structures=2, paths=("exchange of nearest neighbors", "pair crosses the cutoff"))
 FRAME_CHECKS = (

@@ -147,7 +147,7 @@ def test_auxiliary_model_takes_over_where_there_is_no_frame(scope):
     assert torch.allclose(f(bent, forces=True)["forces"], plain["forces"], atol=1e-12)
     # In between both count, and the forces are still the gradient.
     from symmetrize.testing import conservative, measure_forces_fd
-    from symmetrize.testing.geometries import water
+    from symmetrize.testing.structures.geometries import water
 
     found = measure_forces_fd(conservative(f), from_ase(water(160.0)), n_directions=3, step=4e-4)["forces"]
     assert found.relative < 1e-6, str(found)

@@ -14,9 +14,8 @@ from symmetrize import ECSE, OutputSpec, Symmetrizer, from_ase
 from symmetrize.errors import BackboneOutputError, DeclarationError, InvalidInputError, InvalidTypeError
 from symmetrize.ops.ragged import segment_sum
 from symmetrize.testing import paths
-from symmetrize.testing.assertions import assert_equivariant, assert_smooth
-from symmetrize.testing.declarations import read_declaration, read_declarations, with_rows
-from symmetrize.testing.front import (
+from symmetrize.testing.fronts.assertions import assert_equivariant, assert_smooth
+from symmetrize.testing.fronts.front import (
     CheckFailure,
     as_subject,
     check,
@@ -27,9 +26,10 @@ from symmetrize.testing.front import (
     explain_failures,
     raise_for_failures,
 )
-from symmetrize.testing.geometries import crystal, ethanol, methane, water
-from symmetrize.testing.outcome import Finding, Outcome, Report, Result, Verdict
-from symmetrize.testing.subject import of_callable
+from symmetrize.testing.running.outcome import Finding, Outcome, Report, Result, Verdict
+from symmetrize.testing.structures.geometries import crystal, ethanol, methane, water
+from symmetrize.testing.subjects.declarations import read_declaration, read_declarations, with_rows
+from symmetrize.testing.subjects.subject import of_callable
 
 
 def total(rows, batch):

@@ -21,8 +21,8 @@ from symmetrize.testing import (
     within,
 )
 from symmetrize.testing.checks.common import by_irrep
-from symmetrize.testing.elements import split, transform
-from symmetrize.testing.serialize import plain, report_from_dict, report_to_dict
+from symmetrize.testing.measuring.elements import split, transform
+from symmetrize.testing.running.serialize import plain, report_from_dict, report_to_dict
 
 IRREPS = st.lists(st.tuples(st.integers(1, 2), st.integers(0, 4), st.sampled_from("eo")), min_size=1, max_size=4).map(
     lambda parts: "+".join(f"{n}x{l}{p}" for n, l, p in parts)

@@ -17,8 +17,8 @@ from symmetrize.errors import DeclarationError, InvalidInputError, InvalidTypeEr
 from symmetrize.ops.ragged import segment_sum
 from symmetrize.registry import load_backbone
 from symmetrize.testing import GEOMETRIES, tolerance
-from symmetrize.testing.hypotheses import Track
-from symmetrize.testing.layers import measure_layers
+from symmetrize.testing.measuring.hypotheses import Track
+from symmetrize.testing.measuring.layers import measure_layers
 
 CUTOFF = 4.0
 EXACT = tolerance(torch.float64)

@@ -13,10 +13,10 @@ import pytest
 
 from symmetrize import pytest_plugin
 from symmetrize.errors import DeclarationError, InvalidTypeError
-from symmetrize.testing.front import check
-from symmetrize.testing.geometries import ethanol
-from symmetrize.testing.parametrize import is_factory, merged, parametrize_with_checks, write_reports
-from symmetrize.testing.serialize import report_to_dict
+from symmetrize.testing.fronts.front import check
+from symmetrize.testing.fronts.parametrize import is_factory, merged, parametrize_with_checks, write_reports
+from symmetrize.testing.running.serialize import report_to_dict
+from symmetrize.testing.structures.geometries import ethanol
 
 pytest_plugins = ["pytester"]
 
@@ -26,9 +26,9 @@ HEAD = """
 import pytest
 from symmetrize import ECSE, Symmetrizer
 from symmetrize.backbones.toy import ToyGlobal, ToyLocal
-from symmetrize.testing.geometries import ethanol, water
-from symmetrize.testing.parametrize import parametrize_with_checks
-from symmetrize.testing.subject import CLAIMS, of_backbone
+from symmetrize.testing.structures.geometries import ethanol, water
+from symmetrize.testing.fronts.parametrize import parametrize_with_checks
+from symmetrize.testing.subjects.subject import CLAIMS, of_backbone
 
 SETTINGS = {"structures": lambda: [ethanol(), water()], "library": False}
 

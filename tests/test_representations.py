@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from symmetrize.errors import DeclarationError
 from symmetrize.ops.rotations import about_axis, octahedral_group, random_rotations
 from symmetrize.representations import OutputSpec
-from symmetrize.testing.elements import special_elements
+from symmetrize.testing.measuring.elements import special_elements
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=25)
 EPS = torch.finfo(torch.float64).eps

@@ -14,9 +14,9 @@ from symmetrize import ECSE, Identity, OutputSpec, Symmetrizer, from_ase, keys
 from symmetrize.data import from_points, replace, with_neighbors
 from symmetrize.errors import BackboneOutputError, InvalidInputError, MissingDependencyError
 from symmetrize.testing import GEOMETRIES, conservative, declared, geometries, tolerance, transform, within
-from symmetrize.testing.elements import random_elements
-from symmetrize.testing.sites import measure_degeneracies, measure_symmetric_sites
-from symmetrize.testing.symmetry_operations import idealized, symmetry_operations
+from symmetrize.testing.measuring.elements import random_elements
+from symmetrize.testing.measuring.sites import measure_degeneracies, measure_symmetric_sites
+from symmetrize.testing.structures.symmetry_operations import idealized, symmetry_operations
 
 ALL = geometries()
 EYE = torch.eye(3, dtype=torch.float64)

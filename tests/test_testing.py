@@ -618,7 +618,7 @@ def test_named_geometries_have_their_symmetry(name, proper, improper):
 
 
 def test_special_environments():
-    from symmetrize.testing.geometries import off_axis, two_hop_collinear, water
+    from symmetrize.testing.structures.geometries import off_axis, two_hop_collinear, water
 
     for distance in (1e-3, 1e-8, 1e-12):
         assert off_axis(distance).positions[2, 1] == distance

@@ -88,8 +88,8 @@ def _ours(model: _Model, seed: int) -> bool:
 
 
 def _check(model: _Model, seed: int) -> bool:
-    from symmetrize.testing.arguments import of_arguments
-    from symmetrize.testing.runner import run
+    from symmetrize.testing.running.runner import run
+    from symmetrize.testing.subjects.arguments import of_arguments
 
     subject, batch = of_arguments(model, {"x": (points(), "1o")}, "1o", positions="x")
     only = [

@@ -16,11 +16,11 @@ from benchmarks.peers.network import Network
 from benchmarks.peers.registry import Peer, Subjects
 from symmetrize import keys
 from symmetrize.ops.rotations import random_rotations
-from symmetrize.testing.elements import split, transform
-from symmetrize.testing.outcome import Report, Result, Verdict
-from symmetrize.testing.profile import PROFILES
-from symmetrize.testing.runner import make_bench, run
-from symmetrize.testing.subject import Subject
+from symmetrize.testing.measuring.elements import split, transform
+from symmetrize.testing.running.outcome import Report, Result, Verdict
+from symmetrize.testing.running.profile import PROFILES
+from symmetrize.testing.running.runner import make_bench, run
+from symmetrize.testing.subjects.subject import Subject
 
 SETS = ("generic", "symmetric", "planar", "collinear")
 PATHS = ("through the tetrahedron", "through the square", "bending CO2")

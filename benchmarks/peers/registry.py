@@ -14,8 +14,8 @@ from torch_geometric.data import Batch
 from benchmarks.peers import tools
 from benchmarks.peers.network import Clouds, WithGradient
 from symmetrize import OutputSpec
-from symmetrize.testing.arguments import of_arguments
-from symmetrize.testing.subject import CLAIMS, Subject, of_callable, of_symmetrizer
+from symmetrize.testing.subjects.arguments import of_arguments
+from symmetrize.testing.subjects.subject import CLAIMS, Subject, of_callable, of_symmetrizer
 
 _ENERGY = {"energy": OutputSpec("0e", per="structure")}
 
@@ -112,7 +112,7 @@ def _gate() -> Subjects:
 
 
 def _metatomic(degree: int) -> Subjects:
-    from symmetrize.testing.metatomic import of_metatomic
+    from symmetrize.testing.subjects.metatomic import of_metatomic
 
     wrapped, _ = tools.symmetrized_metatomic(degree)
     options: dict[str, Any] = dict(periodic=False, smooth=1, claims=_CLAIMS, name=f"degree {degree}")

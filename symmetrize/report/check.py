@@ -27,8 +27,8 @@ from symmetrize.report.check_words import (
 )
 from symmetrize.report.libraries import require_libraries
 from symmetrize.report.tables import Table, number
-from symmetrize.testing.outcome import Report, Result, Verdict, worst_first
-from symmetrize.testing.serialize import report_from_dict
+from symmetrize.testing.running.outcome import Report, Result, Verdict, worst_first
+from symmetrize.testing.running.serialize import report_from_dict
 
 #: Forms of a report, by the ending of the file.
 SUFFIXES = (".html", ".md", ".json")

@@ -55,7 +55,7 @@ def drawing(plot: Mapping[str, Any], name: str) -> Drawing | None:
     Parameters
     ----------
     plot : dict
-        As in `symmetrize.testing.outcome.Outcome.plots`; numbers may be ``"inf"``, ``"-inf"`` or ``"nan"``.
+        As in `symmetrize.testing.running.outcome.Outcome.plots`; numbers may be ``"inf"``, ``"-inf"`` or ``"nan"``.
     name : str
         Prefix of identifiers, unique on the page.
     """

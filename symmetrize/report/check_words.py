@@ -9,7 +9,7 @@ from typing import Any
 
 from symmetrize.report.check_figures import Drawing
 from symmetrize.report.tables import number
-from symmetrize.testing.outcome import Finding, Outcome, Report, Result, Verdict, worst_first
+from symmetrize.testing.running.outcome import Finding, Outcome, Report, Result, Verdict, worst_first
 
 #: Checks that are shown first where all is well.
 _FAMOUS = (

@@ -49,7 +49,7 @@ def dataset(structures: Sequence[Mapping[str, Any]], limit: float | None) -> dic
     Parameters
     ----------
     structures : sequence of dict
-        As in `symmetrize.testing.outcome.Report.structures`.
+        As in `symmetrize.testing.running.outcome.Report.structures`.
     limit : float or None
         Error that rounding explains; sets the range of colors.
     """

@@ -1,13 +1,27 @@
 """The equivariance test harness: measure, judge and report the symmetries of anybody's model."""
 
-from symmetrize.testing.arguments import of_arguments
-from symmetrize.testing.assertions import assert_equivariant, assert_smooth
-from symmetrize.testing.bench import Bench
-from symmetrize.testing.calculators import of_calculator
-from symmetrize.testing.catalog import Check, all_checks
-from symmetrize.testing.derivatives import DerivativeError, conservative, measure_forces_fd, measure_hessian_symmetry
-from symmetrize.testing.dynamics import Dynamics, LoopWork, measure_closed_loops, measure_nve
-from symmetrize.testing.elements import (
+from symmetrize.testing.fronts.assertions import assert_equivariant, assert_smooth
+from symmetrize.testing.fronts.front import (
+    CheckFailure,
+    as_subject,
+    check,
+    check_backbone,
+    check_calculator,
+    check_callable,
+    check_metatomic,
+    check_symmetrizer,
+    explain_failures,
+    raise_for_failures,
+)
+from symmetrize.testing.fronts.parametrize import parametrize_with_checks
+from symmetrize.testing.measuring.derivatives import (
+    DerivativeError,
+    conservative,
+    measure_forces_fd,
+    measure_hessian_symmetry,
+)
+from symmetrize.testing.measuring.dynamics import Dynamics, LoopWork, measure_closed_loops, measure_nve
+from symmetrize.testing.measuring.elements import (
     Element,
     batched,
     change_lattice,
@@ -22,21 +36,8 @@ from symmetrize.testing.elements import (
     translate,
     wrap,
 )
-from symmetrize.testing.front import (
-    CheckFailure,
-    as_subject,
-    check,
-    check_backbone,
-    check_calculator,
-    check_callable,
-    check_metatomic,
-    check_symmetrizer,
-    explain_failures,
-    raise_for_failures,
-)
-from symmetrize.testing.geometries import GEOMETRIES, Geometry, geometries, with_species
-from symmetrize.testing.layers import Layer, LayerReport, measure_layers
-from symmetrize.testing.measures import (
+from symmetrize.testing.measuring.layers import Layer, LayerReport, measure_layers
+from symmetrize.testing.measuring.measures import (
     Deviation,
     Measurement,
     measure_batching,
@@ -47,8 +48,7 @@ from symmetrize.testing.measures import (
     measure_permutation,
     measure_translation,
 )
-from symmetrize.testing.metatomic import of_metatomic
-from symmetrize.testing.orientation import (
+from symmetrize.testing.measuring.orientation import (
     AngleDependence,
     LieDerivative,
     LossShare,
@@ -61,22 +61,27 @@ from symmetrize.testing.orientation import (
     measure_orientation_variance,
     measure_torque,
 )
-from symmetrize.testing.outcome import Finding, Outcome, Report, Result, Verdict
-from symmetrize.testing.parametrize import parametrize_with_checks
-from symmetrize.testing.paths import Path, paths
-from symmetrize.testing.profile import PROFILES, Profile
-from symmetrize.testing.runner import run
-from symmetrize.testing.scales import Scale, declared, error_scale
-from symmetrize.testing.sites import (
+from symmetrize.testing.measuring.scales import Scale, declared, error_scale
+from symmetrize.testing.measuring.sites import (
     Degeneracies,
     SiteDeviation,
     measure_degeneracies,
     measure_symmetric_sites,
 )
-from symmetrize.testing.smoothness import Jump, Smoothness, along, max_derivatives, measure_smoothness
-from symmetrize.testing.subject import CLAIMS, Subject, of_backbone, of_callable, of_symmetrizer
-from symmetrize.testing.symmetry_operations import Operation, symmetry_operations
-from symmetrize.testing.tolerances import EXACT_FACTOR, NEAR_COLLINEAR_FACTOR, tolerance, within
+from symmetrize.testing.measuring.smoothness import Jump, Smoothness, along, max_derivatives, measure_smoothness
+from symmetrize.testing.measuring.tolerances import EXACT_FACTOR, NEAR_COLLINEAR_FACTOR, tolerance, within
+from symmetrize.testing.running.bench import Bench
+from symmetrize.testing.running.catalog import Check, all_checks
+from symmetrize.testing.running.outcome import Finding, Outcome, Report, Result, Verdict
+from symmetrize.testing.running.profile import PROFILES, Profile
+from symmetrize.testing.running.runner import run
+from symmetrize.testing.structures.geometries import GEOMETRIES, Geometry, geometries, with_species
+from symmetrize.testing.structures.paths import Path, paths
+from symmetrize.testing.structures.symmetry_operations import Operation, symmetry_operations
+from symmetrize.testing.subjects.arguments import of_arguments
+from symmetrize.testing.subjects.calculators import of_calculator
+from symmetrize.testing.subjects.metatomic import of_metatomic
+from symmetrize.testing.subjects.subject import CLAIMS, Subject, of_backbone, of_callable, of_symmetrizer
 
 __all__ = [
     "CLAIMS",

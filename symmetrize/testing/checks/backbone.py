@@ -9,10 +9,10 @@ from torch_geometric.data import Batch
 from symmetrize import keys
 from symmetrize.backbone import Backbone
 from symmetrize.data import assemble, edge_vectors, replace, validate, with_neighbors
-from symmetrize.testing.bench import Bench
-from symmetrize.testing.catalog import check
-from symmetrize.testing.elements import copied, moved_to, random_elements, split, transform
-from symmetrize.testing.outcome import Finding, Outcome
+from symmetrize.testing.measuring.elements import copied, moved_to, random_elements, split, transform
+from symmetrize.testing.running.bench import Bench
+from symmetrize.testing.running.catalog import check
+from symmetrize.testing.running.outcome import Finding, Outcome
 
 
 def _backbone(bench: Bench) -> str:

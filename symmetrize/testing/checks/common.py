@@ -13,11 +13,11 @@ from torch import Tensor
 from symmetrize.ops.quadrature import rotation_quadrature
 from symmetrize.ops.wigner import wigner
 from symmetrize.representations import OutputSpec
-from symmetrize.testing.bench import Bench
-from symmetrize.testing.measures import Measurement
-from symmetrize.testing.outcome import Finding, Outcome
-from symmetrize.testing.scales import Model
-from symmetrize.testing.structures import StructureSet
+from symmetrize.testing.measuring.measures import Measurement
+from symmetrize.testing.measuring.scales import Model
+from symmetrize.testing.running.bench import Bench
+from symmetrize.testing.running.outcome import Finding, Outcome
+from symmetrize.testing.structures.sets import StructureSet
 
 
 def every_set(bench: Bench) -> Sequence[str]:

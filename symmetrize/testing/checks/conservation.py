@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 
 from symmetrize import keys
-from symmetrize.testing.bench import Bench
-from symmetrize.testing.catalog import check
-from symmetrize.testing.derivatives import DerivativeError, measure_forces_fd, measure_hessian_symmetry
-from symmetrize.testing.dynamics import measure_closed_loops, measure_nve
-from symmetrize.testing.outcome import Finding, Outcome
-from symmetrize.testing.structures import StructureSet
+from symmetrize.testing.measuring.derivatives import DerivativeError, measure_forces_fd, measure_hessian_symmetry
+from symmetrize.testing.measuring.dynamics import measure_closed_loops, measure_nve
+from symmetrize.testing.running.bench import Bench
+from symmetrize.testing.running.catalog import check
+from symmetrize.testing.running.outcome import Finding, Outcome
+from symmetrize.testing.structures.sets import StructureSet
 
 #: Finite differences with one Richardson step in float64 are this good where the function is smooth.
 _LIMIT = 1e-6

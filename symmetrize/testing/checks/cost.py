@@ -10,11 +10,11 @@ import torch
 from torch_geometric.data import Batch
 
 from symmetrize import keys
-from symmetrize.testing.bench import Bench
-from symmetrize.testing.catalog import check
-from symmetrize.testing.elements import copied
-from symmetrize.testing.outcome import Finding, Outcome
-from symmetrize.testing.scales import Model
+from symmetrize.testing.measuring.elements import copied
+from symmetrize.testing.measuring.scales import Model
+from symmetrize.testing.running.bench import Bench
+from symmetrize.testing.running.catalog import check
+from symmetrize.testing.running.outcome import Finding, Outcome
 
 
 def _peak() -> float:

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import torch
 
-from symmetrize.testing.bench import Bench
-from symmetrize.testing.catalog import check
 from symmetrize.testing.checks.common import by_irrep, every_set, judged
-from symmetrize.testing.elements import Element, random_elements, special_elements
-from symmetrize.testing.measures import measure_equivariance
-from symmetrize.testing.outcome import Outcome
+from symmetrize.testing.measuring.elements import Element, random_elements, special_elements
+from symmetrize.testing.measuring.measures import measure_equivariance
+from symmetrize.testing.running.bench import Bench
+from symmetrize.testing.running.catalog import check
+from symmetrize.testing.running.outcome import Outcome
 
 
 def _cost(bench: Bench, on: str) -> int:

@@ -23,14 +23,14 @@ from symmetrize.data import from_ase
 from symmetrize.frames import FrameSet, Stratum
 from symmetrize.methods.identity import Identity
 from symmetrize.ops.ragged import segment_sum
-from symmetrize.testing.bench import Bench
-from symmetrize.testing.catalog import check
 from symmetrize.testing.checks.common import every_set
 from symmetrize.testing.checks.smoothness import judge_smoothness
-from symmetrize.testing.elements import moved_to, permute, random_elements, shortest_distances, transform
-from symmetrize.testing.outcome import Finding, Outcome
-from symmetrize.testing.paths import Path, paths
-from symmetrize.testing.smoothness import measure_smoothness
+from symmetrize.testing.measuring.elements import moved_to, permute, random_elements, shortest_distances, transform
+from symmetrize.testing.measuring.smoothness import measure_smoothness
+from symmetrize.testing.running.bench import Bench
+from symmetrize.testing.running.catalog import check
+from symmetrize.testing.running.outcome import Finding, Outcome
+from symmetrize.testing.structures.paths import Path, paths
 
 _N_PROBES = 3
 _DEGREE = 4

@@ -8,11 +8,9 @@ from collections.abc import Sequence
 import torch
 
 from symmetrize import keys
-from symmetrize.testing.bench import Bench
-from symmetrize.testing.catalog import check
 from symmetrize.testing.checks.common import every_set, judged
-from symmetrize.testing.elements import batched, displaced, split
-from symmetrize.testing.measures import (
+from symmetrize.testing.measuring.elements import batched, displaced, split
+from symmetrize.testing.measuring.measures import (
     measure_batching,
     measure_determinism,
     measure_mutation,
@@ -20,9 +18,11 @@ from symmetrize.testing.measures import (
     measure_permutation,
     measure_translation,
 )
-from symmetrize.testing.outcome import Finding, Outcome
-from symmetrize.testing.scales import evaluate
-from symmetrize.testing.structures import StructureSet
+from symmetrize.testing.measuring.scales import evaluate
+from symmetrize.testing.running.bench import Bench
+from symmetrize.testing.running.catalog import check
+from symmetrize.testing.running.outcome import Finding, Outcome
+from symmetrize.testing.structures.sets import StructureSet
 
 
 def _two_atoms(bench: Bench) -> Sequence[str]:

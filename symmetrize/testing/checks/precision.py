@@ -7,13 +7,13 @@ import math
 import torch
 
 from symmetrize import keys
-from symmetrize.testing.bench import Bench
-from symmetrize.testing.catalog import check
 from symmetrize.testing.checks.common import findings
-from symmetrize.testing.elements import moved_to, random_elements, shortest_distances
-from symmetrize.testing.measures import Measurement, measure_equivariance
-from symmetrize.testing.outcome import Finding, Outcome
-from symmetrize.testing.scales import evaluate
+from symmetrize.testing.measuring.elements import moved_to, random_elements, shortest_distances
+from symmetrize.testing.measuring.measures import Measurement, measure_equivariance
+from symmetrize.testing.measuring.scales import evaluate
+from symmetrize.testing.running.bench import Bench
+from symmetrize.testing.running.catalog import check
+from symmetrize.testing.running.outcome import Finding, Outcome
 
 _BOTH = (torch.float32, torch.float64)
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 
 from symmetrize import keys
-from symmetrize.testing.bench import Bench
-from symmetrize.testing.catalog import check
-from symmetrize.testing.outcome import Finding, Outcome
-from symmetrize.testing.sites import measure_degeneracies, measure_symmetric_sites
+from symmetrize.testing.measuring.sites import measure_degeneracies, measure_symmetric_sites
+from symmetrize.testing.running.bench import Bench
+from symmetrize.testing.running.catalog import check
+from symmetrize.testing.running.outcome import Finding, Outcome
 
 
 def _symmetric(bench: Bench) -> Sequence[str]:

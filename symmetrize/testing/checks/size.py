@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 
-from symmetrize.testing.bench import Bench
-from symmetrize.testing.catalog import check
 from symmetrize.testing.checks.common import judged
-from symmetrize.testing.layers import measure_layers
-from symmetrize.testing.orientation import (
+from symmetrize.testing.measuring.layers import measure_layers
+from symmetrize.testing.measuring.orientation import (
     measure_angle_dependence,
     measure_cover,
     measure_lie_derivative,
@@ -16,8 +14,10 @@ from symmetrize.testing.orientation import (
     measure_orientation_variance,
     measure_torque,
 )
-from symmetrize.testing.outcome import Finding, Outcome
-from symmetrize.testing.structures import YOURS
+from symmetrize.testing.running.bench import Bench
+from symmetrize.testing.running.catalog import check
+from symmetrize.testing.running.outcome import Finding, Outcome
+from symmetrize.testing.structures.sets import YOURS
 
 
 @check(

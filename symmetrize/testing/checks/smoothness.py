@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from symmetrize.ops.rotations import about_axis, random_rotations
-from symmetrize.testing.bench import Bench
-from symmetrize.testing.catalog import check
-from symmetrize.testing.elements import batched, transform
-from symmetrize.testing.outcome import Finding, Outcome
-from symmetrize.testing.paths import Path, paths
-from symmetrize.testing.scales import evaluate
-from symmetrize.testing.smoothness import Curve, Smoothness, measure_smoothness
-from symmetrize.testing.subject import Subject
+from symmetrize.testing.measuring.elements import batched, transform
+from symmetrize.testing.measuring.scales import evaluate
+from symmetrize.testing.measuring.smoothness import Curve, Smoothness, measure_smoothness
+from symmetrize.testing.running.bench import Bench
+from symmetrize.testing.running.catalog import check
+from symmetrize.testing.running.outcome import Finding, Outcome
+from symmetrize.testing.structures.paths import Path, paths
+from symmetrize.testing.subjects.subject import Subject
 
 if TYPE_CHECKING:
     from ase import Atoms

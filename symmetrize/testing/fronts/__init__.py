@@ -1,0 +1,1 @@
+"""Front ends in Python: reports, assertions, parametrized tests."""

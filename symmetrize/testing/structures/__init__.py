@@ -1,0 +1,1 @@
+"""Named structures, paths through them, their symmetry operations, and sets of them for a subject."""
