@@ -31,8 +31,8 @@ LIMITS = (1e-8, 1e-5, 2e-2)
 #: A jump that is no more than this many times the rounding noise of its difference is not told from it.
 _NOISE = 30.0
 
-#: Beyond that, noise is a fault of its own.
-_LOUDEST = 1e-2
+#: Noise of the values, over their range, that still is rounding (in float32). Louder, it excuses nothing.
+_LOUDEST = 1e-4
 
 _ORDERS = ("value", "first derivative", "second derivative")
 
@@ -48,10 +48,11 @@ def judge_smoothness(found: Smoothness, smooth: int = 1) -> list[Finding]:
         Highest derivative that has to be continuous; higher ones are recorded.
     """
     sizes = (max(found.span, 1e-2), max(found.max_first, 1e-1), max(found.max_second, 1.0))
+    loud = not found.jumps[0].noise / sizes[0] <= _LOUDEST
     out = []
     for jump, size, limit, name in zip(found.jumps, sizes, LIMITS, _ORDERS, strict=False):
         number = jump.size / size if math.isfinite(size) else math.inf
-        allowed = max(limit, min(_NOISE * jump.noise / size, _LOUDEST)) if math.isfinite(jump.noise) else limit
+        allowed = limit if loud else max(limit, min(_NOISE * jump.noise / size, 0.5))
         judged = allowed if jump.order <= smooth else None
         out.append(Finding(name, number, judged, unit="of its range", worst=f"t = {jump.location:.9g}"))
     return out

@@ -318,11 +318,11 @@ def _normalized(curve: Curve, interval: tuple[float, float]) -> Curve:
         raise InvalidInputError(f"curve: expected one row for each of 10 values of t, got {got}")
     values = coarse.detach().to("cpu", torch.float64).reshape(10, -1)
     spread = values.amax(dim=0) - values.amin(dim=0)
-    # What varies by rounding only is not blown up.
-    magnitude = values.abs().amax(dim=0)
-    varies = torch.isfinite(spread) & (spread > 1e3 * torch.finfo(torch.float64).eps * magnitude)
-    usable = torch.isfinite(magnitude) & (magnitude > 0.0)
-    size = torch.where(varies, spread, torch.where(usable, magnitude, torch.ones_like(magnitude)))
+    # What varies by rounding only, or is zero by symmetry beside components that are not, is not blown up.
+    largest = values.abs().nan_to_num(0.0, 0.0, 0.0).max()
+    largest = torch.where(largest > 0.0, largest, torch.ones_like(largest))
+    varies = torch.isfinite(spread) & (spread > 1e3 * torch.finfo(torch.float64).eps * largest)
+    size = torch.where(varies, spread, largest)
 
     def scaled(t: Tensor) -> Tensor:
         return curve(t).detach().to("cpu", torch.float64).reshape(len(t), -1) / size
