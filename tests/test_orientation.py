@@ -16,7 +16,7 @@ from symmetrize.ops.quadrature import orientation_cover, rotation_quadrature
 from symmetrize.ops.ragged import segment_sum
 from symmetrize.ops.rotations import about_axis, random_rotations
 from symmetrize.ops.wigner import handedness, wigner
-from symmetrize.testing import orientation as so
+from symmetrize.testing.measuring import orientation as so
 
 BATCH = from_ase([st.GEOMETRIES[name]() for name in ("ethanol", "random cluster", "chiral center")], cutoff=4.0)
 CRYSTAL = from_ase([st.GEOMETRIES[name]() for name in ("ethanol", "triclinic crystal")], cutoff=4.0)
