@@ -143,3 +143,9 @@ def test_adapters_refuse_another_name():
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import backbones"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode != 0 and "symmetrize.backbones" in result.stderr
+
+
+def test_the_harness_needs_no_pytest():
+    """pytest is for projects that have tests; the command line and the reports do without."""
+    code = "import sys; sys.modules['pytest'] = None; import symmetrize.testing, symmetrize.check"
+    subprocess.run([sys.executable, "-c", code], check=True)

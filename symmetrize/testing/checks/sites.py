@@ -49,6 +49,8 @@ def check_symmetric_sites(bench: Bench, on: str) -> Outcome:
         scale=bench.scale(found),
         vectors=dict(subject.vectors),
     )
+    if not measured:
+        return Outcome((Finding("outputs that symmetry demands something of", 0.0, unit="outputs"),))
     # The structures are symmetric to rounding only: operations are found to 1e-6, and positions carry errors of 1e-16.
     limit, eps = 10.0 * bench.limit(found), torch.finfo(subject.dtype).eps
     return Outcome(

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import math
 
+from torch import Tensor
+from torch_geometric.data import Data
+
+from symmetrize import keys
 from symmetrize.testing.checks.common import judged
+from symmetrize.testing.measuring.elements import random_elements
 from symmetrize.testing.measuring.layers import measure_layers
+from symmetrize.testing.measuring.measures import measure_equivariance
 from symmetrize.testing.measuring.orientation import (
     measure_angle_dependence,
     measure_cover,
@@ -14,6 +20,7 @@ from symmetrize.testing.measuring.orientation import (
     measure_orientation_variance,
     measure_torque,
 )
+from symmetrize.testing.measuring.scales import Model
 from symmetrize.testing.running.bench import Bench
 from symmetrize.testing.running.catalog import check
 from symmetrize.testing.running.outcome import Finding, Outcome
@@ -44,6 +51,46 @@ def check_orientation_cover(bench: Bench, on: str) -> Outcome:
         scale=bench.scale(bench.main),
     )
     return judged(measured, found, bench.limit(found))
+
+
+@check(
+    "Error relative to the bare model",
+    claim=None,
+    cost=lambda bench, on: 2 * (bench.profile.n_elements + 1) * bench.main.n_structures,
+    needs=lambda bench: "" if bench.subject.bare is not None else "no bare model to compare with",
+)
+def check_against_bare(bench: Bench, on: str) -> Outcome:
+    """What symmetrisation has removed: the equivariance error over that of the same model without it.
+
+    When it fails: this is recorded and cannot fail. A ratio near 1 says that the method does nothing for an output, or
+    that the bare model had the symmetry already.
+
+    Number: largest error over random elements of the claimed group, over the largest error of the bare model; the RMS
+    errors of both on the error scale beside it.
+    """
+    found, subject = bench.main, bench.subject
+    outputs = subject.declared(found.batch)
+    elements = random_elements(bench.profile.n_elements, bench.generator("bare"), group=subject.group)
+    ours, bare = (
+        measure_equivariance(f, found.batch, outputs, elements, vectors=dict(subject.vectors), scale=bench.scale(found))
+        for f in (bench.model, _counted(bench, subject.bare or subject.model))
+    )
+    out = []
+    for name in outputs:
+        before, after = bare[name], ours[name]
+        text = f"RMS {before.relative_rms:.2g} before, {after.relative_rms:.2g} after"
+        if before.relative > 0.0:
+            ratio = after.relative / before.relative
+            out.append(Finding(name, ratio, unit="of the bare model's error", worst=text))
+    return Outcome(tuple(out) or (Finding("outputs in which the bare model errs", 0.0, unit="outputs"),))
+
+
+def _counted(bench: Bench, model: Model) -> Model:
+    def f(batch: Data) -> dict[str, Tensor]:
+        bench.count(int(batch[keys.PTR].shape[0] - 1))
+        return model(batch)
+
+    return f
 
 
 @check(
@@ -270,7 +317,7 @@ def check_loss_share(bench: Bench, on: str) -> Outcome:
 @check(
     "Where equivariance is lost",
     claim=None,
-    cost=lambda bench, on: 200,
+    cost=lambda bench, on: 700,
     needs=lambda bench: (
         "layers can be walked in torch modules only"
         if bench.subject.module is None

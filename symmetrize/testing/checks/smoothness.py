@@ -101,6 +101,10 @@ def scan(
             jumps.append(
                 {"order": jump.order, "t": place, "size": finding.number, "limit": finding.limit, "ok": finding.ok}
             )
+        for order, largest in enumerate((found.max_first, found.max_second)):
+            # How steep it is where it is smooth: for comparison, with no limit.
+            quantity, unit = f"{', '.join(names)}: largest {_ORDERS[order + 1]}", "of its range per unit of t"
+            listed.append(Finding(quantity, largest, unit=unit if order == 0 else f"{unit} squared"))
         values = found.values[: len(found.t)]
         t = (found.t[: len(values)] * units).tolist()
         series |= {f"{names[0]} {k}": values[:, k].tolist() for k in _shown(values)}

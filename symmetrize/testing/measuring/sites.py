@@ -119,12 +119,7 @@ def measure_symmetric_sites(
     Returns
     -------
     dict of str to SiteDeviation
-        Without outputs of which symmetry demands nothing, such as a total energy.
-
-    Raises
-    ------
-    InvalidInputError
-        Symmetry demands nothing of any output in any structure.
+        Without outputs of which symmetry demands nothing, such as a total energy; there may be none left.
     """
     proper = check_group(group) == "SO(3)"
     ideal, operations = [], []
@@ -152,9 +147,7 @@ def measure_symmetric_sites(
             residual = torch.where(torch.isfinite(residual), residual, torch.full_like(residual, math.inf))
             demanded.setdefault(name, []).append((s, float(residual.max()), float(residual.square().mean().sqrt())))
     if not demanded:
-        raise InvalidInputError(
-            "measure_symmetric_sites: expected structures whose symmetry demands something, got none"
-        )
+        return {}
     scales = resolve_scale(f, together, outputs, reference, scale)
     out = {}
     for name, entries in demanded.items():

@@ -62,7 +62,7 @@ class Bench:
         self.trajectory = list(trajectory) if trajectory else []
         self.references = dict(references or {})
         self.library = library
-        self.evaluations = 0
+        self._evaluations = 0
         self._independent: bool | None = None
         self._scales: dict[str, Scale] | None = None
         self._own: dict[str, dict[str, Scale]] = {}
@@ -76,11 +76,20 @@ class Bench:
         has a check of its own, and shall not pass for others.
         """
         n = int(batch[keys.PTR].shape[0] - 1)
-        self.evaluations += n
+        self._evaluations += n
         if n == 1 or self.independent:
             return self.subject.model(batch)
         singles = [self.subject.model(single) for single in split(batch)]
         return {name: torch.cat([single[name] for single in singles]) for name in singles[0]}
+
+    @property
+    def evaluations(self) -> int:
+        """Structures that the model was called on so far, in any precision."""
+        return self._evaluations + (0 if self._double is None else self._double.evaluations)
+
+    def count(self, n: int) -> None:
+        """Add evaluations that were not made through this bench."""
+        self._evaluations += n
 
     @property
     def independent(self) -> bool:
