@@ -19,6 +19,7 @@ def _cost(bench: Bench, on: str) -> int:
 
 
 def _measure(bench: Bench, on: str, elements: Sequence[Element], name: str) -> Outcome:
+    bench = bench.double()
     found, subject = bench[on], bench.subject
     model, outputs = by_irrep(bench.model, subject.declared(found.batch))
     generator = bench.generator(name)

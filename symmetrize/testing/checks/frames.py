@@ -24,13 +24,13 @@ from symmetrize.frames import FrameSet, Stratum
 from symmetrize.methods.identity import Identity
 from symmetrize.ops.ragged import segment_sum
 from symmetrize.testing.checks.common import every_set
-from symmetrize.testing.checks.smoothness import judge_smoothness
+from symmetrize.testing.checks.smoothness import judge_smoothness, usable_paths
 from symmetrize.testing.measuring.elements import moved_to, permute, random_elements, shortest_distances, transform
 from symmetrize.testing.measuring.smoothness import measure_smoothness
 from symmetrize.testing.running.bench import Bench
 from symmetrize.testing.running.catalog import check
 from symmetrize.testing.running.outcome import Finding, Outcome
-from symmetrize.testing.structures.paths import Path, paths
+from symmetrize.testing.structures.paths import Path
 
 _N_PROBES = 3
 _DEGREE = 4
@@ -106,7 +106,7 @@ def check_frame_equivariance(bench: Bench, on: str) -> Outcome:
     """
     found, subject = bench[on], bench.subject
     before = _frames(bench, found.batch)
-    elements = random_elements(4, bench.generator("frames"), group=subject.group)
+    elements = random_elements(4, bench.generator("frames"), group=subject.judged_group)
     after = [moments(_frames(bench, transform(found.batch, e, dict(subject.vectors)))) for e in elements]
     return _compare(bench, on, [moments(before, e.matrix) for e in elements], after, [e.name for e in elements])
 
@@ -211,17 +211,11 @@ def check_frame_conditioning(bench: Bench, on: str) -> Outcome:
 
 
 def _paths(bench: Bench) -> dict[str, Path]:
-    if not bench.library or _framed(bench):
+    if _framed(bench):
         return {}
-    reach = bench.subject.reach
-    wanted = bench.profile.paths
-    out = {}
-    for name, path in paths(reach if reach is not None and reach > 2.0 else 4.0).items():
-        periodic = bool(path(0.5).pbc.any())
-        if (bench.subject.periodic if periodic else bench.subject.finite) and (wanted is None or name in wanted):
-            out[name] = path
+    out = usable_paths(bench)
     # Outputs are scanned along all of them.
-    return out if wanted is None else dict(list(out.items())[:3])
+    return out if bench.profile.paths is None else dict(list(out.items())[:3])
 
 
 @check(
@@ -253,7 +247,7 @@ def check_frame_continuity(bench: Bench, on: str) -> Outcome:
     return Outcome(tuple(dataclasses.replace(f, quantity=f"frames: {f.quantity}") for f in listed), note=path.what)
 
 
-@check("Frame statistics", claim=None, targets=every_set, cost=lambda bench, on: 0, needs=_framed)
+@check("Frame statistics", claim=None, judged=False, targets=every_set, cost=lambda bench, on: 0, needs=_framed)
 def check_frame_statistics(bench: Bench, on: str) -> Outcome:
     """How many backbone evaluations a structure or atom takes, and what kind of frames they are.
 

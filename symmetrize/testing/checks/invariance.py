@@ -48,6 +48,7 @@ def check_translation_invariance(bench: Bench, on: str) -> Outcome:
 
     Number: max over shifts, rows and components of |f(x + t) - f(x)|, on the error scale.
     """
+    bench = bench.double()
     found = bench[on]
     measured = measure_translation(
         bench.model,
@@ -75,6 +76,7 @@ def check_permutation_equivariance(bench: Bench, on: str) -> Outcome:
     Number: max over random permutations (never the identity), rows and components of |f(P x) - P f(x)|, on the error
     scale.
     """
+    bench = bench.double()
     found = bench[on]
     measured = measure_permutation(
         bench.model,
@@ -105,6 +107,7 @@ def check_periodicity(bench: Bench, on: str) -> Outcome:
     Number: max over descriptions, rows and components of the change, on the error scale (supercell: per original
     cell).
     """
+    bench = bench.double()
     found = bench[on]
     periodic = [k for k, p in enumerate(found.batch[keys.PBC].any(dim=1).tolist()) if p]
     found = bench.part(found, periodic) if len(periodic) < found.n_structures else found

@@ -24,13 +24,12 @@ from symmetrize.testing.measuring.scales import Model
 from symmetrize.testing.running.bench import Bench
 from symmetrize.testing.running.catalog import check
 from symmetrize.testing.running.outcome import Finding, Outcome
-from symmetrize.testing.structures.sets import YOURS
 
 
 @check(
     "All orientations",
     claim="rotations",
-    cost=lambda bench, on: (2 if bench.subject.group == "O(3)" else 1) * bench.profile.n_cover,
+    cost=lambda bench, on: (2 if bench.subject.judged_group == "O(3)" else 1) * bench.profile.n_cover,
 )
 def check_orientation_cover(bench: Bench, on: str) -> Outcome:
     """The first structure is equivariant in every orientation of an even cover of the group, not only in a few.
@@ -40,13 +39,14 @@ def check_orientation_cover(bench: Bench, on: str) -> Outcome:
 
     Number: as for rotations, over an even cover of SO(3) (super-Fibonacci spirals) and its inverted copy.
     """
+    bench = bench.double()
     found = bench.part(bench.main, [0])
     measured = measure_cover(
         bench.model,
         found.batch,
         bench.subject.declared(found.batch),
         n=bench.profile.n_cover,
-        group=bench.subject.group,
+        group=bench.subject.judged_group,
         vectors=dict(bench.subject.vectors),
         scale=bench.scale(bench.main),
     )
@@ -56,6 +56,7 @@ def check_orientation_cover(bench: Bench, on: str) -> Outcome:
 @check(
     "Error relative to the bare model",
     claim=None,
+    judged=False,
     cost=lambda bench, on: 2 * (bench.profile.n_elements + 1) * bench.main.n_structures,
     needs=lambda bench: "" if bench.subject.bare is not None else "no bare model to compare with",
 )
@@ -70,7 +71,7 @@ def check_against_bare(bench: Bench, on: str) -> Outcome:
     """
     found, subject = bench.main, bench.subject
     outputs = subject.declared(found.batch)
-    elements = random_elements(bench.profile.n_elements, bench.generator("bare"), group=subject.group)
+    elements = random_elements(bench.profile.n_elements, bench.generator("bare"), group=subject.judged_group)
     ours, bare = (
         measure_equivariance(f, found.batch, outputs, elements, vectors=dict(subject.vectors), scale=bench.scale(found))
         for f in (bench.model, _counted(bench, subject.bare or subject.model))
@@ -96,6 +97,7 @@ def _counted(bench: Bench, model: Model) -> Model:
 @check(
     "Spectrum of the orientation dependence",
     claim=None,
+    judged=False,
     cost=lambda bench, on: 2 * (1980 if bench.profile.degree > 9 else 380),
 )
 def check_orientation_spectrum(bench: Bench, on: str) -> Outcome:
@@ -147,6 +149,7 @@ def check_orientation_spectrum(bench: Bench, on: str) -> Outcome:
 @check(
     "Error against the angle",
     claim=None,
+    judged=False,
     cost=lambda bench, on: bench.profile.n_angles * bench.profile.n_axes * min(3, bench.main.n_structures),
 )
 def check_angle_dependence(bench: Bench, on: str) -> Outcome:
@@ -198,6 +201,7 @@ def check_angle_dependence(bench: Bench, on: str) -> Outcome:
 @check(
     "Lie derivative",
     claim=None,
+    judged=False,
     cost=lambda bench, on: 49 * min(3, bench.main.n_structures),
 )
 def check_lie_derivative(bench: Bench, on: str) -> Outcome:
@@ -253,6 +257,7 @@ def check_torque(bench: Bench, on: str) -> Outcome:
     Number: |sum F| over RMS force and sqrt(n_atoms); |sum (r - <r>) x F| over RMS force, RMS distance and
     sqrt(n_atoms).
     """
+    bench = bench.double()
     found = bench.main
     measured = measure_torque(bench.model, found.batch, scale=bench.scale(found).get("forces"))
     limit = 10.0 * bench.limit(found)
@@ -270,12 +275,13 @@ def check_torque(bench: Bench, on: str) -> Outcome:
 def _references(bench: Bench) -> str:
     if not bench.references:
         return "no reference values were given"
-    return "" if YOURS in bench.sets else "references belong to structures, and none were given"
+    return "" if bench.referenced is not None else "references belong to structures, and none were given"
 
 
 @check(
     "Share of the loss",
     claim=None,
+    judged=False,
     cost=lambda bench, on: 24 * bench.main.n_structures,
     needs=_references,
 )
@@ -288,7 +294,7 @@ def check_loss_share(bench: Bench, on: str) -> Outcome:
     Number: variance over random orientations (with K - 1 in the denominator, so that the expectation does not depend
     on their number K) over the mean squared error over orientations.
     """
-    found = bench[YOURS]
+    found = bench.referenced or bench.main
     outputs = {k: v for k, v in bench.subject.declared(found.batch).items() if k in bench.references}
     measured = measure_loss_share(
         bench.model,
@@ -317,6 +323,7 @@ def check_loss_share(bench: Bench, on: str) -> Outcome:
 @check(
     "Where equivariance is lost",
     claim=None,
+    judged=False,
     cost=lambda bench, on: 700,
     needs=lambda bench: (
         "layers can be walked in torch modules only"

@@ -17,7 +17,7 @@ from symmetrize.testing.measuring.smoothness import Curve, Smoothness, measure_s
 from symmetrize.testing.running.bench import Bench
 from symmetrize.testing.running.catalog import check
 from symmetrize.testing.running.outcome import Finding, Outcome
-from symmetrize.testing.structures.paths import Path, paths
+from symmetrize.testing.structures.paths import WIDE, Path, paths
 from symmetrize.testing.subjects.subject import Subject
 
 if TYPE_CHECKING:
@@ -157,15 +157,15 @@ class Outputs:
         return curve
 
 
-def _paths(bench: Bench) -> dict[str, Path]:
+def usable_paths(bench: Bench) -> dict[str, Path]:
+    """The paths of the profile that the subject can be evaluated on."""
     subject, wanted = bench.subject, bench.profile.paths
     if not bench.library:
         return {}
     out = {}
-    for name, path in paths(subject.reach if subject.reach is not None and subject.reach > 2.0 else 4.0).items():
-        periodic = bool(path(0.5).pbc.any())
-        allowed = subject.periodic if periodic else subject.finite
-        if allowed and (wanted is None or name in wanted):
+    for name, path in paths(subject.reach if subject.reach is not None and subject.reach > 2.0 else None).items():
+        allowed = subject.periodic if bool(path(0.5).pbc.any()) else subject.finite
+        if allowed and (wanted is None or name in wanted or name == WIDE):
             out[name] = path
     return out
 
@@ -173,7 +173,7 @@ def _paths(bench: Bench) -> dict[str, Path]:
 @check(
     "Smooth through critical geometries",
     claim="smoothness",
-    targets=lambda bench: list(_paths(bench)),
+    targets=lambda bench: list(usable_paths(bench)),
     cost=lambda bench, on: 12 * bench.profile.n_points + 2500 * bench.profile.n_candidates,
 )
 def check_smoothness(bench: Bench, on: str) -> Outcome:
@@ -187,9 +187,13 @@ def check_smoothness(bench: Bench, on: str) -> Outcome:
     derivative.
     """
     bench = bench.double()
-    path = _paths(bench)[on]
+    path = usable_paths(bench)[on]
     structure = bench.turned(path)
-    return scan(bench, lambda t: bench.batch_of([structure(x) for x in t]), path.events, path.what)
+    # A path without a known event is long, and anything may be anywhere on it.
+    n_points = None if path.events else max(201, bench.profile.n_points)
+    n_candidates = None if path.events else max(4, bench.profile.n_candidates)
+    at = lambda t: bench.batch_of([structure(x) for x in t])  # noqa: E731
+    return scan(bench, at, path.events, path.what, n_points=n_points, n_candidates=n_candidates)
 
 
 @check(

@@ -206,9 +206,12 @@ def _device(batch: Batch) -> torch.device:
 def _take(result: dict[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
     if name not in result:
         raise BackboneOutputError(f"{name}: expected among the outputs, got {sorted(result)}")
-    if result[name].shape != shape:
-        raise BackboneOutputError(f"{name}: expected shape {shape}, got {tuple(result[name].shape)}")
-    return result[name].detach().to("cpu", torch.float64)
+    value = result[name]
+    if value.shape == (*shape, 1):
+        value = value[..., 0]  # scalars often come as columns
+    if value.shape != shape:
+        raise BackboneOutputError(f"{name}: expected shape {shape}, got {tuple(value.shape)}")
+    return value.detach().to("cpu", torch.float64)
 
 
 def _richardson(value: Callable[[float], Tensor], h: float) -> tuple[Tensor, Tensor]:

@@ -7,11 +7,14 @@ count as infinite errors. Judge with ``within(measurement.relative, tolerance(me
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch_geometric.data import Batch, Data
@@ -371,17 +374,23 @@ def measure_determinism(
 def measure_mutation(f: Model, batch: Data) -> dict[str, str]:
     """What a call changes besides returning something: field of the batch -> what happened, empty for nothing.
 
-    The keys ``"global generator"`` and ``"parameter gradients"`` stand for torch's global random state, and for
-    ``grad`` left behind on the parameters of a ``torch.nn.Module``.
+    Other keys stand for global state: ``"global generator"`` (torch's), ``"numpy's generator"``, ``"random's
+    generator"``, ``"default dtype"``, ``"gradient mode"``; and for the model's own, if it is a ``torch.nn.Module``:
+    ``"buffer NAME"``, and ``"parameter gradients"`` left behind. All of it is restored.
     """
     given = copied(validate(batch))
     before: dict[str, Any] = {name: given[name] for name in given.keys()}
     content = {k: v.clone() if isinstance(v, Tensor) else v for k, v in before.items()}
-    state = torch.get_rng_state()
-    parameters = list(f.parameters()) if isinstance(f, torch.nn.Module) else []
+    module = f if isinstance(f, torch.nn.Module) else None
+    parameters = list(module.parameters()) if module is not None else []
     grads = [p.grad for p in parameters]
-    f(given)
+    buffers = {} if module is None else {name: b.detach().clone() for name, b in module.named_buffers()}
     found: dict[str, str] = {}
+    with _restored() as globals_before:
+        f(given)
+        for name, value in _global_state().items():
+            if not _same_state(value, globals_before[name]):
+                found[name] = "advanced" if "generator" in name else f"changed to {value}"
     for name in given.keys():
         if name not in before:
             found[name] = "added"
@@ -398,8 +407,46 @@ def measure_mutation(f: Model, batch: Data) -> dict[str, str]:
                 found[name] = "made to require a gradient"
         elif now != content[name]:
             found[name] = "replaced"
-    if not torch.equal(torch.get_rng_state(), state):
-        found["global generator"] = "advanced"
+    for name, buffer in ({} if module is None else dict(module.named_buffers())).items():
+        if name in buffers and not torch.equal(buffer, buffers[name]):
+            found[f"buffer {name}"] = "changed"
+            buffer.data.copy_(buffers[name])
     if any(p.grad is not g for p, g in zip(parameters, grads, strict=True)):
         found["parameter gradients"] = "left behind"
     return found
+
+
+def _global_state() -> dict[str, Any]:
+    return {
+        "global generator": torch.get_rng_state(),
+        "numpy's generator": tuple(np.random.get_state())[1:],  # noqa: NPY002 (the legacy one is the global one)
+        "random's generator": random.getstate(),
+        "default dtype": torch.get_default_dtype(),
+        "gradient mode": torch.is_grad_enabled(),
+    }
+
+
+def _same_state(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, tuple):
+        return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+    return bool(a == b)
+
+
+@contextlib.contextmanager
+def _restored() -> Iterator[dict[str, Any]]:
+    """Global state that no model has seen before, so that one which always leaves the same behind is found out."""
+    numpy_state, random_state = np.random.get_state(), random.getstate()  # noqa: NPY002
+    dtype, enabled = torch.get_default_dtype(), torch.is_grad_enabled()
+    with torch.random.fork_rng():
+        torch.manual_seed(7_654_321_007)
+        np.random.seed(765_432_101)  # noqa: NPY002
+        random.seed(765_432_101)
+        try:
+            yield _global_state()
+        finally:
+            np.random.set_state(numpy_state)  # noqa: NPY002
+            random.setstate(random_state)
+            torch.set_default_dtype(dtype)
+            torch.set_grad_enabled(enabled)

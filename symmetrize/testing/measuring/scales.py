@@ -117,7 +117,12 @@ def evaluate(f: Model, batch: Data, outputs: Mapping[str, OutputSpec]) -> dict[s
     out: dict[str, Values] = {}
 
     def take(name: str, spec: OutputSpec, allowed: tuple[Literal["atom", "structure"], ...]) -> None:
-        value = result[name].detach().to("cpu", torch.float64)
+        value = result[name].detach()
+        if value.is_complex():
+            raise BackboneOutputError(f"{name}: expected real numbers, got {value.dtype}")
+        value = value.to("cpu", torch.float64)
+        if not spec.shape and value.dim() == 2 and value.shape[1] == 1:
+            value = value[:, 0]  # scalars often come as columns
         for per in allowed:
             if value.shape == (len(owners[per]), *spec.shape):
                 out[name] = Values(spec, per, value, owners[per])

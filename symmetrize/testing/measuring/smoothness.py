@@ -196,14 +196,19 @@ def _call(curve: Curve, t: Tensor) -> Tensor:
 
 
 def _noise(curve: Curve, t: Tensor, values: Tensor) -> float:
-    """Rounding noise of the function: RMS of its sixth differences over a few units of 1e-13, median over places."""
-    levels = []
-    for place in t[torch.linspace(3, len(t) - 4, 5).round().long()]:
-        points = place + 1e-13 * torch.arange(12, dtype=torch.float64)
-        differences = torch.diff(_call(curve, points), n=6, dim=0)
-        levels.append(float(differences.square().mean(dim=0).max().sqrt()) / math.sqrt(math.comb(12, 6)))
-    floor = torch.finfo(torch.float64).eps * float(values.abs().max())
-    return max(sorted(levels)[2], floor)
+    """Rounding noise of the function: RMS of its sixth differences over small steps, median over places.
+
+    The larger step is for functions that round their input to float32, which the smaller one does not get through.
+    """
+    found = [torch.finfo(torch.float64).eps * float(values.abs().max())]
+    for step in (1e-13, 1e-7):
+        levels = []
+        for place in t[torch.linspace(3, len(t) - 4, 5).round().long()]:
+            points = place + step * torch.arange(12, dtype=torch.float64)
+            differences = torch.diff(_call(curve, points), n=6, dim=0)
+            levels.append(float(differences.square().mean(dim=0).max().sqrt()) / math.sqrt(math.comb(12, 6)))
+        found.append(sorted(levels)[2])
+    return max(found)
 
 
 def _one_sided(order: int) -> Tensor:

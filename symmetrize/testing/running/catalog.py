@@ -35,6 +35,8 @@ class Check:
         (Bench, target) -> structures that the model will be evaluated on, roughly.
     meaning, suspicion, definition : str
         From the docstring.
+    judged : bool
+        False: numbers are recorded whatever they are, and what cannot be measured is left out.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Check:
     meaning: str
     suspicion: str
     definition: str
+    judged: bool = True
 
 
 #: All checks by name, in the order in which they run.
@@ -70,6 +73,7 @@ def check(
     targets: Targets = _once,
     needs: Callable[[Bench], str] = _nothing,
     unclaimed: str = "skip",
+    judged: bool = True,
 ) -> Callable[[Callable[[Bench, str], Outcome]], Callable[[Bench, str], Outcome]]:
     """Register a check; its docstring says what it means, ``When it fails:`` and ``Number:``."""
 
@@ -77,7 +81,7 @@ def check(
         name = function.__name__.removeprefix("check_")
         meaning, suspicion, definition = _paragraphs(inspect.getdoc(function) or "")
         CHECKS[name] = Check(
-            name, title, function, claim, targets, needs, unclaimed, cost, meaning, suspicion, definition
+            name, title, function, claim, targets, needs, unclaimed, cost, meaning, suspicion, definition, judged
         )
         return function
 

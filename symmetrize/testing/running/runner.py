@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import platform
 import sys
@@ -21,7 +22,8 @@ from symmetrize.testing.running.bench import Bench
 from symmetrize.testing.running.catalog import Check, all_checks
 from symmetrize.testing.running.outcome import Report, Result, Verdict
 from symmetrize.testing.running.profile import Profile, profile_named
-from symmetrize.testing.structures.sets import YOURS, StructureSet, library_sets, users_set
+from symmetrize.testing.structures.paths import paths
+from symmetrize.testing.structures.sets import StructureSet, by_periodicity, library_sets, users_set
 from symmetrize.testing.subjects.subject import Subject
 
 if TYPE_CHECKING:
@@ -79,13 +81,20 @@ def make_bench(
     use_library = (
         library if library is not None else (structures is None or subject.kind in ("symmetrizer", "backbone"))
     )
+    for name in references or {}:
+        if name not in {**subject.outputs, **subject.periodic_outputs}:
+            raise DeclarationError(f"references: unknown output {name!r}, {did_you_mean(name, subject.outputs)}")
     sets: dict[str, StructureSet] = {}
+    referenced = None
     if structures is not None:
         n = None if references or chosen.n_structures is None else 4 * chosen.n_structures
-        sets[YOURS] = users_set(subject, structures, n)
+        referenced = users_set(subject, structures, n)
+        sets |= by_periodicity(subject, referenced)
     if use_library:
         sets |= library_sets(subject, chosen)
-    return Bench(subject, sets, chosen, seed, trajectory, references, use_library)
+    bench = Bench(subject, sets, chosen, seed, trajectory, references, use_library)
+    bench.referenced = referenced
+    return bench
 
 
 def tasks(bench: Bench, only: Sequence[str] | None = None, skip: Sequence[str] = ()) -> Iterator[Task]:
@@ -124,7 +133,11 @@ def known_check(name: str) -> Check:
 
 
 def run_task(bench: Bench, task: Task, expected_failures: Mapping[str, str] | None = None) -> Result:
-    """Run one check and judge it; never raises for what the model does."""
+    """Run one check and judge it; never raises for what the model does.
+
+    An announced failure is a wrong number. An exception is another thing, and has to be announced as one: by a reason
+    that begins with "error".
+    """
     entry, subject = task.check, bench.subject
     expected = (expected_failures or {}).get(task.id, (expected_failures or {}).get(entry.name))
 
@@ -149,9 +162,9 @@ def run_task(bench: Bench, task: Task, expected_failures: Mapping[str, str] | No
         outcome = entry.function(bench, task.on)
     except Exception as error:
         spent = {"seconds": time.perf_counter() - start, "evaluations": bench.evaluations - before}
-        if expected is not None:
+        if expected is not None and expected.lower().startswith("error"):
             return result(Verdict.EXPECTED, reason=f"{expected} ({_summary(error)})", **spent)
-        if not claimed:
+        if not claimed or not entry.judged:
             return result(Verdict.SKIPPED, reason=f"not measured: {_summary(error)}", **spent)
         return result(Verdict.ERROR, reason=_summary(error), **spent)
     if not claimed:
@@ -173,6 +186,17 @@ def _summary(error: Exception) -> str:
     )
 
 
+def _check_announcements(bench: Bench, expected_failures: Mapping[str, str] | None) -> None:
+    """Refuse announcements of what is no check: they would be silently ignored. Paths of any profile are known."""
+    named = [name for name in expected_failures or {}]
+    known = {task.id for task in tasks(bench)} | {f"{c}[{p}]" for c in all_checks() for p in paths()}
+    for name in named:
+        base = known_check(name).name
+        if "[" in name and name not in known:
+            near = sorted(task for task in known if task.startswith(f"{base}["))
+            raise DeclarationError(f"expected_failures: unknown id {name!r}, {did_you_mean(name, near)}")
+
+
 def with_stale(results: Sequence[Result], expected_failures: Mapping[str, str] | None) -> list[Result]:
     """Mark as stale what was announced as a failure and passed everywhere."""
     out = list(results)
@@ -181,8 +205,9 @@ def with_stale(results: Sequence[Result], expected_failures: Mapping[str, str] |
         if any(out[k].verdict is Verdict.EXPECTED for k in matching):
             continue
         for k in matching:
-            if out[k].verdict is Verdict.PASSED:
-                text = f"announced as a failure ({reason}), but it passes: remove the announcement"
+            if out[k].verdict in (Verdict.PASSED, Verdict.RECORDED):
+                what = "it passes" if out[k].verdict is Verdict.PASSED else "nothing is judged"
+                text = f"announced as a failure ({reason}), but {what}: remove the announcement"
                 out[k] = dataclasses.replace(out[k], verdict=Verdict.STALE, reason=text)
     return out
 
@@ -243,8 +268,6 @@ def run(
     command : str
         How to repeat it, for the report.
     """
-    for name in expected_failures or {}:
-        known_check(name)
     bench = make_bench(
         subject,
         structures,
@@ -255,6 +278,7 @@ def run(
         references=references,
     )
     chosen = list(tasks(bench, only, skip))
+    _check_announcements(bench, expected_failures)
     if announce is not None:
         try:
             seconds = estimate(bench, chosen)
@@ -277,14 +301,16 @@ def assemble_report(bench: Bench, results: Sequence[Result], *, command: str = "
 
     subject = bench.subject
     declared = {**subject.outputs, **subject.periodic_outputs}
-    try:
+    scales: dict[str, Any] = {}
+    structures: tuple[dict[str, Any], ...] = ()
+    # A model that fails on its main structures has said so in every check; the report is written nevertheless.
+    with contextlib.suppress(Exception):
         scales = {
             name: {"value": s.value, "kind": s.kind, "magnitude": s.magnitude, "unit": _unit(declared, name)}
             for name, s in bench.scales.items()
         }
+    with contextlib.suppress(Exception):
         structures = structures_with_errors(bench)
-    except Exception:  # a model that fails on its main structures has said so in every check
-        scales, structures = {}, ()
     about = {
         "name": subject.name,
         "kind": subject.kind,
@@ -294,6 +320,7 @@ def assemble_report(bench: Bench, results: Sequence[Result], *, command: str = "
         "dtype": str(subject.dtype).removeprefix("torch."),
         "tolerance": subject.tolerance,
         "outputs": {name: str(spec) for name, spec in declared.items()},
+        "structures": {name: found.n_structures for name, found in bench.sets.items()},
     }
     return Report(
         about, tuple(results), scales, tuple(structures), bench.profile.name, bench.seed, _environment(command)

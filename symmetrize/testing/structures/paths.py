@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from ase import Atoms
 
 
+#: The path for models whose cutoff is not known.
+WIDE = "pair pulled apart"
+
+
 @dataclass(frozen=True)
 class Path:
     """A family of structures.
@@ -44,14 +48,17 @@ class Path:
         return self.build(t)
 
 
-def paths(cutoff: float = 4.0) -> dict[str, Path]:
+def paths(cutoff: float | None = None) -> dict[str, Path]:
     """All paths by name.
 
     Parameters
     ----------
-    cutoff : float
-        The radius of the model, for the paths on which an atom crosses it; larger than 2.
+    cutoff : float, optional
+        The radius of the model, for the paths on which an atom crosses it; larger than 2. Where it is not known, they
+        are for 4, and a pair is pulled apart over all distances at which a cutoff may be.
     """
+    unknown = cutoff is None
+    cutoff = 4.0 if cutoff is None else cutoff
     entries = [
         Path("bending CO2", _bending_co2, (0.5,), "O=C=O becomes linear at 180 degrees"),
         Path("bending HCN", _bending_hcn, (0.5,), "H-C-N becomes linear, one atom off the axis"),
@@ -71,6 +78,8 @@ def paths(cutoff: float = 4.0) -> dict[str, Path]:
         Path("through the square", _square, (0.5,), "a rhombus has four-fold symmetry"),
         Path("through bcc", _bain, (0.5,), "a tetragonal crystal is cubic (Bain path)"),
     ]
+    if unknown:
+        entries.append(Path(WIDE, _pulled_apart, (), "a dimer is pulled apart from 1 to 13 angstrom"))
     return {path.name: path for path in entries}
 
 
@@ -116,6 +125,10 @@ def _methyl(t: float) -> Atoms:
 
 def _dissociation(t: float, cutoff: float) -> Atoms:
     return _atoms("CO", [[0, 0, 0], [cutoff + 1.2 * (t - 0.5), 0, 0]])
+
+
+def _pulled_apart(t: float) -> Atoms:
+    return _atoms("CO", [[0, 0, 0], [1.0 + 12.0 * t, 0, 0]])
 
 
 def _right_angle(t: float, cutoff: float) -> Atoms:

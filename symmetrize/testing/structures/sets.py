@@ -10,7 +10,7 @@ import torch
 from torch_geometric.data import Batch, Data
 
 from symmetrize import keys
-from symmetrize.data import from_ase, validate
+from symmetrize.data import from_ase, replace, validate
 from symmetrize.errors import InvalidInputError, InvalidTypeError
 from symmetrize.testing.measuring.elements import batched, split
 from symmetrize.testing.measuring.tolerances import EXACT_FACTOR, NEAR_COLLINEAR_FACTOR
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 #: What the user's own structures are called.
 YOURS = "yours"
+
+#: And those of them that are periodic in three directions, where there are others too.
+YOUR_CRYSTALS = "yours, crystals"
 
 #: Sets of the library, in the order in which they claim a geometry: name -> tags, all of which it has to have.
 _SETS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -94,7 +97,7 @@ def library_sets(subject: Subject, profile: Profile) -> dict[str, StructureSet]:
         names.sort(key=lambda name: _FIRST.index(name) if name in _FIRST else len(_FIRST))
         chosen = names[: profile.n_structures]
         if chosen:
-            structures = [_mapped(GEOMETRIES[name](), subject) for name in chosen]
+            structures = [mapped(GEOMETRIES[name](), subject) for name in chosen]
             factor = NEAR_COLLINEAR_FACTOR if kind == "near-collinear" else EXACT_FACTOR
             out[kind] = structure_set(subject, kind, structures, factor)
     return out
@@ -108,7 +111,8 @@ def _fits(subject: Subject, kind: str, tags: frozenset[str]) -> bool:
     return subject.finite
 
 
-def _mapped(atoms: Atoms, subject: Subject) -> Atoms:
+def mapped(atoms: Atoms, subject: Subject) -> Atoms:
+    """The structure, of elements that the subject knows."""
     if subject.species is None or set(atoms.numbers.tolist()) <= set(subject.species):
         return atoms
     out = with_species(atoms, subject.species)
@@ -136,7 +140,7 @@ def users_set(subject: Subject, structures: Atoms | Data | Sequence[Atoms | Data
     from ase import Atoms
 
     if isinstance(structures, Data):
-        singles = split(_cast(structures, subject))
+        singles = split(cast(structures, subject))
         chosen = _spread(singles, limit)
         names = tuple(f"structure {k}" for k in _spread(list(range(len(singles))), limit))
         return StructureSet(YOURS, names, subject.prepare(batched(chosen)))
@@ -146,7 +150,7 @@ def users_set(subject: Subject, structures: Atoms | Data | Sequence[Atoms | Data
     if not listed:
         raise InvalidInputError("structures: expected at least one, got none")
     if all(isinstance(s, Data) for s in listed):
-        return users_set(subject, batched([_cast(s, subject) for s in listed]), limit)
+        return users_set(subject, batched([cast(s, subject) for s in listed]), limit)
     for n, s in enumerate(listed):
         if not isinstance(s, Atoms):
             raise InvalidTypeError(f"structures[{n}]: expected ase.Atoms or a torch_geometric Data, got {type(s)}")
@@ -158,11 +162,9 @@ def users_set(subject: Subject, structures: Atoms | Data | Sequence[Atoms | Data
     return structure_set(subject, YOURS, _spread(numbered, limit))
 
 
-def _cast(batch: Data, subject: Subject) -> Batch:
+def cast(batch: Data, subject: Subject) -> Batch:
     """Floating fields in the subject's dtype."""
     out = validate(batch)
-    from symmetrize.data import replace
-
     changed = {
         name: out[name].to(subject.dtype)
         for name in out.keys()
@@ -175,3 +177,17 @@ def _spread(items: list, limit: int | None) -> list:
     if limit is None or len(items) <= limit:
         return items
     return [items[round(k * (len(items) - 1) / max(limit - 1, 1))] for k in range(limit)]
+
+
+def by_periodicity(subject: Subject, found: StructureSet) -> dict[str, StructureSet]:
+    """The user's structures as they are; or, where the model has outputs of crystals only and the structures are
+    mixed, crystals in a set of their own: a batch is judged by outputs that all of its structures have."""
+    full = found.batch[keys.PBC].all(dim=1).tolist()
+    if not subject.periodic_outputs or all(full) or not any(full):
+        return {found.name: found}
+    singles = split(found.batch)
+    parts = {YOURS: [k for k, f in enumerate(full) if not f], YOUR_CRYSTALS: [k for k, f in enumerate(full) if f]}
+    return {
+        name: StructureSet(name, tuple(found.names[k] for k in ks), batched([singles[k] for k in ks]), found.factor)
+        for name, ks in parts.items()
+    }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,6 +42,10 @@ CLAIMS: dict[str, str] = {
 BACKBONE_CLAIMS = frozenset(CLAIMS) - {"rotations", "inversion"}
 
 
+#: What a conversion makes anew; everything else is declared.
+_MADE = ("model", "module", "bare", "backbone", "symmetrizer", "dtype", "convert")
+
+
 @dataclass(frozen=True)
 class Subject:
     """A model under test.
@@ -71,7 +75,7 @@ class Subject:
         Output whose negative gradient ``forces`` claim to be.
     vectors : dict of str to str
         Further geometric inputs, as field name -> e3nn irreps.
-    fields : callable or None
+    add_fields : callable or None
         Batch -> batch with the further fields that the model needs, for structures that come without; by default
         random ``vectors``.
     cutoff : float or None
@@ -108,7 +112,7 @@ class Subject:
     smooth: int = 1
     energy: str | None = None
     vectors: Mapping[str, str] = field(default_factory=dict)
-    fields: Callable[[Batch], Batch] | None = None
+    add_fields: Callable[[Batch], Batch] | None = None
     cutoff: float | None = None
     reach: float | None = None
     species: tuple[int, ...] | None = None
@@ -149,10 +153,23 @@ class Subject:
         batch = validate(structures)
         if self.cutoff is not None and batch.get(keys.EDGE_INDEX) is None:
             batch = with_neighbors(batch, self.cutoff)
-        if self.fields is not None:
-            return validate(self.fields(batch))
+        if self.add_fields is not None:
+            return validate(self.add_fields(batch))
         missing = {name: irreps for name, irreps in self.vectors.items() if batch.get(name) is None}
         return replace_fields(batch, **_random_vectors(batch, missing)) if missing else batch
+
+    @property
+    def judged_group(self) -> str:
+        """The group whose elements are judged: without inversion where that is not claimed."""
+        return self.group if "inversion" in self.claims else "SO(3)"
+
+    def converted(self, dtype: torch.dtype) -> Subject:
+        """The same subject in another precision, with everything that is declared about this one."""
+        if self.convert is None:
+            raise DeclarationError(f"{self.name}: cannot be converted to {dtype}")
+        new = self.convert(dtype)
+        same = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _MADE}
+        return replace(new, **same)
 
     def without(self, *claims: str) -> Subject:
         """The same subject with fewer claims."""
@@ -217,7 +234,7 @@ def of_symmetrizer(
         backbone=backbone,
         symmetrizer=model,
         convert=lambda dtype: of_symmetrizer(
-            copy.deepcopy(model).to(dtype).eval(), forces=conservative, energy=energy, **options
+            copy.deepcopy(model).to(dtype).eval(), forces=conservative, energy=energy, **{**options, "dtype": dtype}
         ),
     )
     return Subject(**{**found, **options})
@@ -256,7 +273,7 @@ def of_backbone(backbone: Backbone, *, forces: bool | None = None, energy: str =
         module=backbone,
         backbone=backbone,
         convert=lambda dtype: of_backbone(
-            copy.deepcopy(backbone).to(dtype).eval(), forces=conservative, energy=energy, **options
+            copy.deepcopy(backbone).to(dtype).eval(), forces=conservative, energy=energy, **{**options, "dtype": dtype}
         ),
     )
     return Subject(**{**found, **options})
@@ -278,6 +295,7 @@ def of_callable(
         Further attributes of `Subject`, such as ``group``, ``cutoff``, ``species``, ``claims``, ``energy``.
     """
     model: Any = f
+    as_given = outputs
     if isinstance(outputs, OutputSpec):
         outputs = {"output": outputs}
         model = _Single(f)
@@ -297,10 +315,8 @@ def of_callable(
     if module is not None:
         found["dtype"] = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float64)
         found["convert"] = lambda dtype: of_callable(
-            copy.deepcopy(module).to(dtype), outputs, **{**options, "dtype": dtype}
+            copy.deepcopy(module).to(dtype), as_given, **{**options, "dtype": dtype}
         )
-    else:
-        found["convert"] = lambda dtype: of_callable(f, outputs, **{**options, "dtype": dtype})
     return Subject(**{**found, **options})
 
 
