@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 import shutil
@@ -68,6 +69,7 @@ def check_target(
     quiet: bool = False,
     list_only: bool = False,
     command: str = "",
+    threads: int | None = None,
     echo: Callable[[str], None] = print,
 ) -> int:
     """Check what a target stands for; options as on the command line.
@@ -95,6 +97,8 @@ def check_target(
     SymmetrizeError
         Arguments that cannot be used.
     """
+    if threads is not None:
+        torch.set_num_threads(threads)
     declared = _outputs(outputs)
     expected = _expected(expected_failures)
     paths = report_paths(list(report))
@@ -112,6 +116,10 @@ def check_target(
         options["dtype"] = getattr(torch, dtype)
     given = {name: value for name, value in options.items() if value is not None}
     subject = _subject(model, target, atoms, declared, given)
+    if group is not None:
+        # Who names a group wants it judged.
+        asked = {"rotations", "inversion"} if group == "O(3)" else {"rotations"}
+        subject = dataclasses.replace(subject, claims=subject.claims | asked)
     if list_only:
         bench = make_bench(subject, atoms, profile=profile, seed=seed, library=library, trajectory=frames)
         for task in tasks(bench, list(only) or None, list(skip)):
@@ -139,10 +147,26 @@ def check_target(
         echo(line)
     echo("")
     echo(explain_failures(found))
+    if "rotations" not in subject.claims:
+        echo(_unclaimed(found))
     for path in paths:
         save_report(found, path)
         echo(f"report: {path}")
     return exit_status(found)
+
+
+def _unclaimed(report: Report) -> str:
+    """What was measured of a symmetry that the model does not claim."""
+    found = [r.outcome.worst for r in report.results if r.check == "rotation_equivariance" and r.outcome is not None]
+    numbers = [f for f in found if f is not None]
+    measured = ""
+    if numbers:
+        worst = max(numbers, key=lambda f: f.number)
+        measured = f": under rotations, {worst.quantity} errs by up to {worst.number:.2g} of its error scale"
+    return (
+        f"Rotations were not judged, since the model claims no equivariance{measured}. "
+        "To judge it nevertheless: --group O(3)"
+    )
 
 
 def exit_status(report: Report) -> int:
@@ -260,7 +284,10 @@ def _prepared(model: Any, *, symmetrize: bool, group: str | None, dtype: str | N
     if not symmetrize:
         return model
     if not isinstance(model, Backbone):
-        raise InvalidTypeError(f"--symmetrize: expected a backbone, got a {type(model).__name__}")
+        raise InvalidTypeError(
+            f"--symmetrize: expected a symmetrize.Backbone, got a {type(model).__name__}; a network becomes one by "
+            "writing one method (see the README)"
+        )
     return Symmetrizer(model, ECSE(), group=group or "O(3)").eval()
 
 
@@ -391,7 +418,10 @@ def table(report: Report, width: int | None = None) -> list[str]:
         by_check.setdefault(result.check, []).append(result)
     size = max([len(name) for name in by_check] + [len("check")])
     lines = [f"{'check':<{size}}  {'verdict':<16}  {'worst':>9}  {'limit':>9}  where"]
+    skipped = [name for name, rs in by_check.items() if all(r.verdict is Verdict.SKIPPED for r in rs)]
     for name, results in by_check.items():
+        if name in skipped:
+            continue
         verdict = next(v for v in _WORST_FIRST if any(r.verdict is v for r in results))
         n = sum(r.verdict is verdict for r in results)
         share = (
@@ -400,6 +430,10 @@ def table(report: Report, width: int | None = None) -> list[str]:
         shown = _label(verdict) + share
         numbers, where = _worst([r for r in results if r.verdict is verdict])
         lines.append(f"{name:<{size}}  {shown:<16}  {numbers}  {where}")
+    reasons: dict[str, list[str]] = {}
+    for name in skipped:
+        reasons.setdefault(by_check[name][0].reason, []).append(name)
+    lines += [f"skipped: {', '.join(names)} ({reason})" for reason, names in reasons.items()]
     return [line if len(line) <= width else line[: width - 3] + "..." for line in lines]
 
 

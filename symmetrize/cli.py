@@ -205,6 +205,9 @@ def evaluate(structures: Path, **options: Any) -> None:
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of random rotations, permutations, ...")
 @click.option("--list", "list_only", is_flag=True, help="List the checks (those of TARGET, where given), and stop.")
+@click.option(
+    "--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Of torch; small structures want one."
+)
 @click.option("--quiet", is_flag=True, help="Only the table and the verdict.")
 @click.pass_context
 @functools.partial(_friendly, status=2)

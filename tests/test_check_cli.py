@@ -238,7 +238,7 @@ def test_help_explains_itself_without_importing_torch():
         ([target("make"), "--report", "report.pdf"], ".html, .md, .json"),
         ([target("make"), "--references"], "--structures FILE"),
         ([target("make"), "--no-library"], "expected --structures FILE"),
-        ([target("make"), "--symmetrize"], "expected a backbone"),
+        ([target("make"), "--symmetrize"], "expected a symmetrize.Backbone"),
         ([target("make"), "--structures", "nothing.xyz"], "does not exist"),
         ([target("make"), "--structures", "models_for_the_command.py"], "structures that ASE reads"),
         ([target("make"), "--profile", "thorough"], "'thorough'"),

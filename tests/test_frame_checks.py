@@ -71,6 +71,12 @@ def test_the_frames_of_ecse_pass_in_both_scopes():
     assert report.ok, str(report)
 
 
+def test_a_model_in_float32_is_measured_in_float64():
+    model = Symmetrizer(ToyLocal({"energy": OutputSpec("0e", reduce="sum")}, cutoff=4.0).float(), ECSE())
+    report = run(of_symmetrizer(model), profile=SMALL, only=[*FRAME_CHECKS, "rotation_equivariance", "exactness"])
+    assert report.subject["dtype"] == "float32" and report.ok, str(report)
+
+
 @pytest.mark.parametrize(
     ("method", "expected"),
     [

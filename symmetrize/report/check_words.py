@@ -166,13 +166,14 @@ def grouped(report: Report) -> dict[str, list[Group]]:
 def key_numbers(report: Report) -> list[dict[str, Any]]:
     """Key numbers: failures first, then famous checks, then those closest to their limits."""
     groups: dict[str, Group] = {}
+    ran = list(dict.fromkeys(r.check for r in report.results))
     for result in report.results:
         if result.verdict not in (Verdict.SKIPPED, Verdict.RECORDED):
             groups.setdefault(result.check, Group(result.check, result.title, [])).results.append(result)
 
     def rank(group: Group) -> tuple[int, float]:
         famous = _FAMOUS.index(group.check) if group.check in _FAMOUS else len(_FAMOUS)
-        return (0, -badness(group.worst)[0]) if group.bad else (1 + famous, -badness(group.worst)[0])
+        return (0, float(ran.index(group.check))) if group.bad else (1 + famous, -badness(group.worst)[0])
 
     tiles = []
     for group in sorted(groups.values(), key=rank)[:5]:

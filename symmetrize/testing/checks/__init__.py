@@ -1,6 +1,7 @@
 """All checks. Importing this package registers them; they run in this order."""
 
 # isort: skip_file
+from symmetrize.testing.checks import soundness  # noqa: F401
 from symmetrize.testing.checks import equivariance  # noqa: F401
 from symmetrize.testing.checks import size  # noqa: F401
 from symmetrize.testing.checks import sites  # noqa: F401

@@ -104,6 +104,7 @@ def check_frame_equivariance(bench: Bench, on: str) -> Outcome:
 
     Number: largest change of a moment of the weighted frames beyond the one expected, over random elements.
     """
+    bench = bench.double()
     found, subject = bench[on], bench.subject
     before = _frames(bench, found.batch)
     elements = random_elements(4, bench.generator("frames"), group=subject.judged_group)
@@ -125,6 +126,7 @@ def check_frame_permutation(bench: Bench, on: str) -> Outcome:
 
     Number: largest change of a moment of the weighted frames, over random permutations.
     """
+    bench = bench.double()
     found, generator = bench[on], bench.generator("frame permutation")
     before, scope = moments(_frames(bench, found.batch)), bench.subject.symmetrizer
     expected, got = [], []

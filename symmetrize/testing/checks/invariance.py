@@ -12,13 +12,11 @@ from symmetrize.testing.checks.common import every_set, judged
 from symmetrize.testing.measuring.elements import batched, displaced, split
 from symmetrize.testing.measuring.measures import (
     measure_batching,
-    measure_determinism,
     measure_mutation,
     measure_periodicity,
     measure_permutation,
     measure_translation,
 )
-from symmetrize.testing.measuring.scales import evaluate
 from symmetrize.testing.running.bench import Bench
 from symmetrize.testing.running.catalog import check
 from symmetrize.testing.running.outcome import Finding, Outcome
@@ -101,8 +99,9 @@ def check_periodicity(bench: Bench, on: str) -> Outcome:
     Atoms wrapped into the cell or moved to other images, other lattice vectors of the same lattice (left-handed ones
     too), and a supercell, in which extensive outputs double.
 
-    When it fails: fractional coordinates or cell vectors are network inputs; the minimum-image convention is used
-    where the cell is smaller than twice the cutoff; a sum is taken where a mean is declared.
+    When it fails: edges ignore the lattice translation of the neighbor (``cell_shift``), so that an image is taken for
+    the atom in the cell; fractional coordinates or cell vectors are network inputs; the minimum-image convention is
+    used where the cell is smaller than twice the cutoff; a sum is taken where a mean is declared.
 
     Number: max over descriptions, rows and components of the change, on the error scale (supercell: per original
     cell).
@@ -151,22 +150,6 @@ def _several(bench: Bench) -> StructureSet:
     return dataclasses.replace(found, batch=batched([*split(found.batch), *copies]), names=names)
 
 
-@check("Determinism", claim="determinism", cost=lambda bench, on: 5 * bench.main.n_structures)
-def check_determinism(bench: Bench, on: str) -> Outcome:
-    """The same input gives the same output: at once, with another global seed, and after other input.
-
-    When it fails: dropout or noise is on (was ``eval()`` called?); frames or neighbors are drawn at random; the model
-    keeps state between calls.
-
-    Number: max over repetitions, rows and components of the change, on the error scale.
-    """
-    found = bench.main
-    measured = measure_determinism(
-        bench.model, found.batch, bench.subject.declared(found.batch), scale=bench.scale(found)
-    )
-    return judged(measured, found, bench.limit(found))
-
-
 @check("No side effects", claim="purity", cost=lambda bench, on: bench.main.n_structures)
 def check_purity(bench: Bench, on: str) -> Outcome:
     """A call changes neither its input nor torch's global random state, and leaves no gradients behind.
@@ -182,44 +165,3 @@ def check_purity(bench: Bench, on: str) -> Outcome:
     changed = measure_mutation(f, bench.main.batch)
     text = "; ".join(f"{name}: {what}" for name, what in changed.items())
     return Outcome((Finding("side effects", float(len(changed)), 0.0, unit="changes", worst=text),))
-
-
-@check(
-    "Finite outputs",
-    claim=None,
-    targets=every_set,
-    cost=lambda bench, on: bench[on].n_structures,
-)
-def check_finite_outputs(bench: Bench, on: str) -> Outcome:
-    """Every output is a number, on degenerate structures too.
-
-    When it fails: a division by a distance, a norm or an eigenvalue gap that vanishes; the square root of zero in a
-    backward pass; an overflow.
-
-    Number: how many components of an output are NaN or infinite.
-    """
-    found = bench[on]
-    values = evaluate(bench.model, found.batch, bench.subject.declared(found.batch))
-    out = []
-    for name, value in values.items():
-        bad = ~torch.isfinite(value.rows.reshape(len(value.rows), -1)).all(dim=1)
-        owners = sorted({found.names[int(k)] for k in value.owner[bad]})
-        out.append(Finding(name, float(bad.sum()), 0.0, unit="rows", worst=", ".join(owners)[:200]))
-    return Outcome(tuple(out))
-
-
-@check("Outputs depend on the input", claim=None, cost=lambda bench, on: 0)
-def check_nontrivial_outputs(bench: Bench, on: str) -> Outcome:
-    """Every output changes when the structures are deformed, beyond rounding: a constant is equivariant and useless.
-
-    When it fails: the output is zero or depends on the composition only (a last layer initialised to zero, a detached
-    branch, a parameter that was not loaded); or it is forced to vanish by the parity that was declared.
-
-    Number: rounding of the output over its error scale; 1 where nothing but rounding is left.
-    """
-    eps = torch.finfo(bench.subject.dtype).eps
-    out = []
-    for name, scale in bench.scales.items():
-        ratio = 1.0 if not scale.value > 0.0 else min(1.0, eps * scale.magnitude / scale.value)
-        out.append(Finding(name, ratio, 0.1, scale=scale.value, worst=f"scale from {scale.kind}"))
-    return Outcome(tuple(out))

@@ -47,7 +47,7 @@ def check_exactness(bench: Bench, on: str) -> Outcome:
             other.model,
             found.batch,
             other.subject.declared(found.batch),
-            random_elements(bench.profile.n_elements, bench.generator("exactness"), group=bench.subject.judged_group),
+            random_elements(bench.profile.n_elements, bench.generator("exactness"), group="SO(3)"),
             vectors=dict(bench.subject.vectors),
             scale=other.scale(found),
         )

@@ -132,7 +132,8 @@ def evaluate(f: Model, batch: Data, outputs: Mapping[str, OutputSpec]) -> dict[s
 
     for name, spec in outputs.items():
         if name not in result:
-            raise BackboneOutputError(f"{name}: declared, but the model returned {did_you_mean(name, result)}")
+            near = did_you_mean(name, result)
+            raise BackboneOutputError(f"{name}: declared, but not among the outputs that the model returned; {near}")
         atomic = f"atomic_{name}"
         if spec.reduce is None:
             take(name, spec, (spec.per,))

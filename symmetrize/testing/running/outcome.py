@@ -239,12 +239,13 @@ class Report:
 
 
 def worst_first(results: Sequence[Result]) -> list[Result]:
-    """Failures first, by how far they are beyond their limits."""
+    """Failures first; checks as they ran, causes before consequences; the worst set of each first."""
+    ran = list(dict.fromkeys(r.check for r in results))
     order = [Verdict.ERROR, Verdict.FAILED, Verdict.STALE, Verdict.EXPECTED, Verdict.PASSED]
 
-    def key(result: Result) -> tuple[int, float]:
+    def key(result: Result) -> tuple[int, int, float]:
         rank = order.index(result.verdict) if result.verdict in order else len(order)
         worst = None if result.outcome is None else result.outcome.worst
-        return rank, 0.0 if worst is None else -worst.excess
+        return rank, ran.index(result.check), 0.0 if worst is None else -worst.excess
 
     return sorted(results, key=key)

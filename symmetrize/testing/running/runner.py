@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from symmetrize.errors import DeclarationError, did_you_mean
+from symmetrize.errors import DeclarationError, SymmetrizeError, did_you_mean
 from symmetrize.testing.measuring.elements import batched, copied
 from symmetrize.testing.running.bench import Bench
 from symmetrize.testing.running.catalog import Check, all_checks
@@ -178,6 +178,11 @@ def run_task(bench: Bench, task: Task, expected_failures: Mapping[str, str] | No
     return result(Verdict.FAILED, **spent) if expected is None else result(Verdict.EXPECTED, reason=expected, **spent)
 
 
+def _source(error: Exception) -> str:
+    """The line that an exception comes from, and what it says."""
+    return f"{traceback.extract_tb(error.__traceback__)[-1].line} {error}"
+
+
 def _summary(error: Exception) -> str:
     last = traceback.extract_tb(error.__traceback__)[-1]
     text = " ".join(str(error).split())
@@ -282,8 +287,13 @@ def run(
     if announce is not None:
         try:
             seconds = estimate(bench, chosen)
-        except Exception as error:  # the checks will say what is wrong with the model
-            announce(f"{_checks(len(chosen))}; a first evaluation failed: {_summary(error)}")
+        except Exception as error:
+            if not isinstance(error, SymmetrizeError) and subject.cutoff is None and "edge" in _source(error):
+                hint = ". It reads edges: which cutoff does its neighbor list have (--cutoff, cutoff=)?"
+            else:
+                hint = ""
+            # The checks go on, one structure may be at fault; but there is no need to wait for them to know this.
+            announce(f"{_checks(len(chosen))}; a first evaluation failed: {_summary(error)}{hint}")
         else:
             announce(f"{_checks(len(chosen))}, profile {bench.profile.name}: about {_duration(seconds)}")
     results = []

@@ -323,7 +323,11 @@ def _takes(f: Callable[..., Any], names: Sequence[str]) -> bool:
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return True
     allowed = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    return set(names) <= allowed
+    known = set(names) & allowed
+    if known and len(known) < len(names):
+        wrong = next(name for name in names if name not in allowed)
+        raise DeclarationError(f"inputs: f has no argument {wrong!r}, {did_you_mean(wrong, allowed)}")
+    return bool(known)
 
 
 def _specs(call: ArgumentsModel, batch: Batch, outputs: Outputs) -> dict[str, _Returned]:

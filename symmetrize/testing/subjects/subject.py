@@ -294,11 +294,10 @@ def of_callable(
     **options
         Further attributes of `Subject`, such as ``group``, ``cutoff``, ``species``, ``claims``, ``energy``.
     """
-    model: Any = f
     as_given = outputs
     if isinstance(outputs, OutputSpec):
         outputs = {"output": outputs}
-        model = _Single(f)
+    model = _Callable(f, tuple(outputs), options.get("cutoff"))
     if not callable(f):
         raise InvalidTypeError(f"f: expected something to call with a batch, got {type(f).__name__}")
     module = f if isinstance(f, torch.nn.Module) else None
@@ -320,14 +319,18 @@ def of_callable(
     return Subject(**{**found, **options})
 
 
-class _Single:
-    """One output without a name."""
+class _Callable:
+    """A function of batches: edge vectors are always there where there are edges, and one output needs no name."""
 
-    def __init__(self, f: Any) -> None:
-        self.f = f
+    def __init__(self, f: Any, names: tuple[str, ...], cutoff: float | None) -> None:
+        self.f, self.names, self.cutoff = f, names, cutoff
 
     def __call__(self, batch: Data) -> dict[str, Tensor]:
-        return {"output": self.f(batch)}
+        edges = batch.get(keys.EDGE_INDEX) is not None
+        if self.cutoff is not None and edges and batch.get(keys.EDGE_VEC) is None:
+            batch = replace_fields(batch, **{keys.EDGE_VEC: edge_vectors(batch)})
+        out = self.f(batch)
+        return {self.names[0]: out} if isinstance(out, Tensor) and len(self.names) == 1 else out
 
 
 def _has_energy(backbone: Backbone, energy: str) -> bool:
