@@ -161,7 +161,6 @@ def _judges(rows: list[dict[str, Any]]) -> list[str]:
         _table(["model", *names], table),
         "",
         "A comparison with NaN is false, so that no error is found; zero, and outputs far below an absolute tolerance, "
-        "are equivariant as far as that tolerance can tell. A small patch of orientations is met by chance only, by "
-        "our `assert_equivariant` too (a trial of e3nn has four orientations here), and by design in a cover of all "
-        "orientations, which `check` has.",
+        "are equivariant as far as that tolerance can tell. A small patch of orientations is met by chance only by a "
+        "few random ones (a trial of e3nn has four here), and by design in a cover of all orientations.",
     ]
