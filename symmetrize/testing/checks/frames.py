@@ -217,7 +217,7 @@ def _paths(bench: Bench) -> dict[str, Path]:
         return {}
     out = usable_paths(bench)
     # Outputs are scanned along all of them.
-    return out if bench.profile.paths is None else dict(list(out.items())[:3])
+    return out if bench.profile.paths is None else dict(list(out.items())[:2])
 
 
 @check(
