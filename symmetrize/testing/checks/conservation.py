@@ -148,10 +148,14 @@ def check_hessian_symmetry(bench: Bench, on: str) -> Outcome:
     return Outcome((_finding(measured, bench.subject.dtype, found.names),), seed=generator.initial_seed())
 
 
+def _n_loops(bench: Bench) -> int:
+    return 1 if bench.profile.n_directions < 5 else 3
+
+
 @check(
     "No work around closed loops",
     claim="conservation",
-    cost=lambda bench, on: 3 * 3 * 64,
+    cost=lambda bench, on: 3 * 64 * _n_loops(bench),
     needs=_forces,
 )
 def check_closed_loops(bench: Bench, on: str) -> Outcome:
@@ -164,9 +168,7 @@ def check_closed_loops(bench: Bench, on: str) -> Outcome:
     """
     bench = bench.double()
     found, generator = moving(bench), bench.generator("loops")
-    measured = measure_closed_loops(
-        bench.model, found.batch, n_loops=1 if bench.profile.n_directions < 5 else 3, generator=generator
-    )
+    measured = measure_closed_loops(bench.model, found.batch, n_loops=_n_loops(bench), generator=generator)
     # Where forces jump, the quadrature converges slowly, which is the business of the checks of smoothness.
     limit = min(max(_LIMIT, 20.0 * measured.relative_uncertainty), 5e-2)
     worst = f"{found.names[int(measured.structures.argmax())]}; quadrature good to {measured.relative_uncertainty:.1g}"
