@@ -36,6 +36,13 @@ def _of(bench: Bench) -> Backbone:
     return bench.subject.backbone
 
 
+def _finding(bench: Bench, name: str, error: float, worst: str = "") -> Finding:
+    """An error of the rows of an output, on the error scale of its atoms where there is one; NaN is infinite."""
+    scale = bench.scales[f"atomic_{name}" if f"atomic_{name}" in bench.scales else name].value
+    number = error / scale if scale > 0.0 and error == error else float("inf")
+    return Finding(name, number, bench.limit(bench.main), scale=scale, worst=worst)
+
+
 def _per_atom(backbone: Backbone, batch: Batch) -> dict[str, Tensor]:
     with torch.no_grad():
         out = backbone(copied(batch))
@@ -90,17 +97,14 @@ def check_locality(bench: Bench, on: str) -> Outcome:
             hops = _hops(batch, 0)
             far &= (hops < 0) | (hops > (backbone.receptive_field or 0))
     far[0] = False
-    scales = bench.scales
     out = []
     for name in before:
-        scale = scales[f"atomic_{name}" if f"atomic_{name}" in scales else name].value
         change = (after[name] - before[name]).abs().reshape(len(pos), -1).amax(dim=1)
         error = float(change[far].max()) if bool(far.any()) and bool(torch.isfinite(change).all()) else float("inf")
         worst = (
             f"atom {int(torch.where(far, change, -torch.ones_like(change)).argmax())} of a chain of {len(pos)} atoms"
         )
-        number = error / scale if scale > 0.0 else float("inf")
-        out.append(Finding(name, number, bench.limit(bench.main), scale=scale, worst=worst))
+        out.append(_finding(bench, name, error, worst))
     return Outcome(tuple(out), seed=generator.initial_seed())
 
 
@@ -146,14 +150,12 @@ def check_center_rows(bench: Bench, on: str) -> Outcome:
     some = _per_atom(backbone, replace(batch, **{keys.CENTER_MASK: mask}))
     out = []
     for name, rows in every.items():
-        scale = bench.scales[f"atomic_{name}" if f"atomic_{name}" in bench.scales else name].value
         expected = rows[mask.cpu()]
         if some[name].shape != expected.shape:
             worst = f"expected {tuple(expected.shape)}, got {tuple(some[name].shape)}"
-            out.append(Finding(name, float("inf"), bench.limit(bench.main), scale=scale, worst=worst))
+            out.append(_finding(bench, name, float("inf"), worst))
             continue
-        error = float((some[name] - expected).abs().max())
-        out.append(Finding(name, error / scale if scale > 0 else float("inf"), bench.limit(bench.main), scale=scale))
+        out.append(_finding(bench, name, float((some[name] - expected).abs().max())))
     return Outcome(tuple(out))
 
 
@@ -181,9 +183,7 @@ def check_shared_work(bench: Bench, on: str) -> Outcome:
         shared = backbone.forward_frames(backbone.prepare(copied(batch)), turned[keys.EDGE_VEC])
     out = []
     for name in backbone.outputs:
-        scale = bench.scales[f"atomic_{name}" if f"atomic_{name}" in bench.scales else name].value
         same = shared[name].shape == plain[name].shape
         error = float((shared[name] - plain[name]).abs().max()) if same else float("inf")
-        number = error / scale if scale > 0.0 and error == error else float("inf")
-        out.append(Finding(name, number, bench.limit(bench.main), scale=scale))
+        out.append(_finding(bench, name, error))
     return Outcome(tuple(out))

@@ -68,14 +68,5 @@ def check_inversion_equivariance(bench: Bench, on: str) -> Outcome:
 
     Number: as for rotations, over improper elements.
     """
-    if bench.subject.group == "SO(3)":
-        found = _measure(bench, on, _elements(bench, on, "inversion", False), "inversion")
-        return unjudged(found)
-    return _measure(bench, on, _elements(bench, on, "inversion", False), "inversion")
-
-
-def unjudged(outcome: Outcome) -> Outcome:
-    """The same numbers without limits."""
-    import dataclasses
-
-    return dataclasses.replace(outcome, findings=tuple(dataclasses.replace(f, limit=None) for f in outcome.findings))
+    found = _measure(bench, on, _elements(bench, on, "inversion", False), "inversion")
+    return found if bench.subject.group == "O(3)" else found.unjudged()

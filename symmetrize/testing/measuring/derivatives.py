@@ -105,11 +105,11 @@ def measure_forces_fd(
     reference = f(copied(batch))
     structure, n_structures = batch[keys.BATCH].cpu(), batch[keys.PTR].shape[0] - 1
     pos = batch[keys.POS].detach().to("cpu", torch.float64)
-    forces = _take(reference, "forces", (len(pos), 3))
+    forces = take_rows(reference, "forces", (len(pos), 3))
     lengths = 3.0 * torch.bincount(structure, minlength=n_structures)
 
     def energies(changed: Batch) -> Tensor:
-        return _take(f(copied(changed)), energy, (n_structures,))
+        return take_rows(f(copied(changed)), energy, (n_structures,))
 
     def moved(direction: Tensor, s: float) -> Tensor:
         return energies(moved_to(batch, (pos + s * direction).to(_device(batch))))
@@ -141,7 +141,7 @@ def _stress_fd(
     cell = batch[keys.CELL].detach().to("cpu", torch.float64)
     structure, n_structures = batch[keys.BATCH].cpu(), len(cell)
     volume = torch.linalg.det(cell).abs()
-    values = _take(reference, "stress", (n_structures, 3, 3))
+    values = take_rows(reference, "stress", (n_structures, 3, 3))
     errors, doubts = [], []
     for _ in range(n_directions):
         noise = torch.randn(n_structures, 3, 3, dtype=torch.float64, generator=generator)
@@ -180,7 +180,7 @@ def measure_hessian_symmetry(
     lengths = 3.0 * torch.bincount(structure, minlength=n_structures)
 
     def forces(direction: Tensor, s: float) -> Tensor:
-        return _take(f(copied(moved_to(batch, (pos + s * direction).to(_device(batch))))), "forces", (len(pos), 3))
+        return take_rows(f(copied(moved_to(batch, (pos + s * direction).to(_device(batch))))), "forces", (len(pos), 3))
 
     errors, doubts, products = [], [], []
     for _ in range(n_pairs):
@@ -203,7 +203,8 @@ def _device(batch: Batch) -> torch.device:
     return batch[keys.POS].device
 
 
-def _take(result: dict[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
+def take_rows(result: dict[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
+    """One output in float64 on the CPU, or an error that names it."""
     if name not in result:
         raise BackboneOutputError(f"{name}: expected among the outputs, got {sorted(result)}")
     value = result[name]

@@ -19,8 +19,9 @@ from symmetrize import keys
 from symmetrize.data import validate
 from symmetrize.errors import InvalidInputError
 from symmetrize.ops.ragged import segment_sum
-from symmetrize.testing.measuring.derivatives import _take
+from symmetrize.testing.measuring.derivatives import take_rows
 from symmetrize.testing.measuring.elements import copied, moved_to
+from symmetrize.testing.measuring.orbits import where_finite
 from symmetrize.testing.measuring.scales import Model
 from symmetrize.testing.measuring.sites import forces_at
 
@@ -145,7 +146,7 @@ def measure_closed_loops(
             break
         between = power((torch.arange(values.shape[1], dtype=torch.float64) + 0.5) / values.shape[1])
         values = torch.stack([values, between], dim=2).flatten(1, 2)
-    return LoopWork(_finite(work), scale, _finite(work - half).abs(), values.shape[1], batch[keys.POS].dtype)
+    return LoopWork(where_finite(work), scale, where_finite(work - half).abs(), values.shape[1], batch[keys.POS].dtype)
 
 
 # --- constant energy ----------------------------------------------------------------------------------------------
@@ -315,7 +316,7 @@ def measure_nve(
     kinetic = 0.5 * (coarse.kinetic + fine.kinetic)
 
     def relative(x: Tensor) -> Tensor:
-        return _ratio(_finite(x), kinetic)
+        return _ratio(where_finite(x), kinetic)
 
     change = (4.0 * (fine.energies - fine.energies[0]) - (coarse.energies - coarse.energies[0])) / 3.0
     return Dynamics(
@@ -326,11 +327,11 @@ def measure_nve(
         torch.stack([relative(_slope(run.energies)) for run in (coarse, fine)]),
         relative(change[1:].square().mean(dim=0).sqrt()),
         relative(torch.maximum(coarse.rounding, fine.rounding)),
-        _finite(torch.maximum(coarse.momentum, fine.momentum)),
+        where_finite(torch.maximum(coarse.momentum, fine.momentum)),
         torch.where(
             batch[keys.PBC].any(dim=1).cpu(),
             torch.full_like(kinetic, math.nan),
-            _finite(torch.maximum(coarse.angular_momentum, fine.angular_momentum)),
+            where_finite(torch.maximum(coarse.angular_momentum, fine.angular_momentum)),
         ),
         batch[keys.POS].dtype,
     )
@@ -369,9 +370,9 @@ class _System:
     def evaluate(self, pos: Tensor) -> tuple[Tensor, Tensor, float]:
         """Energies, forces, and the epsilon of the coarser of the dtypes of energies and positions."""
         result = self.f(copied(moved_to(self.batch, pos.to(self.batch[keys.POS].device))))
-        energies = _take(result, self.energy, (self.n_structures,))
+        energies = take_rows(result, self.energy, (self.n_structures,))
         coarsest = max(torch.finfo(x.dtype).eps for x in (result[self.energy], self.batch[keys.POS]))
-        return energies, _take(result, self.forces, tuple(pos.shape)), coarsest
+        return energies, take_rows(result, self.forces, tuple(pos.shape)), coarsest
 
     def stiffness(self, generator: torch.Generator, pos: Tensor | None = None, n_iterations: int = 8) -> Tensor:
         """Largest frequency: root of the largest curvature (of either sign) of each structure."""
@@ -453,11 +454,6 @@ class _System:
         )
 
 
-def _finite(x: Tensor) -> Tensor:
-    """A NaN is an infinite error."""
-    return torch.where(torch.isfinite(x), x, torch.full_like(x, math.inf))
-
-
 def _ratio(x: Tensor, scale: Tensor) -> Tensor:
     """x / scale; infinite where x is not finite, or the scale is 0 or not finite."""
     usable = torch.isfinite(scale) & (scale > 0.0) & torch.isfinite(x)
@@ -465,7 +461,7 @@ def _ratio(x: Tensor, scale: Tensor) -> Tensor:
 
 
 def _largest(x: Tensor) -> float:
-    return float(_finite(x).max()) if x.numel() else math.inf
+    return float(where_finite(x).max()) if x.numel() else math.inf
 
 
 def _spread(energies: Tensor) -> Tensor:

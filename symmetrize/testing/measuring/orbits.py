@@ -61,7 +61,7 @@ def applied(spec: OutputSpec, rows: Tensor, elements: Tensor) -> Tensor:
 
 
 def returned(spec: OutputSpec, rows: Tensor, elements: Tensor) -> Tensor:
-    """The inverse of `_applied`: F from f(g x)."""
+    """The inverse of `applied`: F from f(g x)."""
     return applied(spec, rows, elements.transpose(1, 2))
 
 
@@ -99,6 +99,7 @@ def structure_mean(rows: Tensor, owner: Tensor, n_structures: int) -> Tensor:
 
 
 def where_finite(x: Tensor) -> Tensor:
+    """A NaN is an infinite error."""
     return torch.where(torch.isfinite(x), x, torch.full_like(x, math.inf))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 #: Name and version of the JSON layout; the version grows when a reader of older files would go wrong.
@@ -108,6 +108,10 @@ class Outcome:
     def ok(self) -> bool:
         """Whether there is a finding, and every finding is within its limit."""
         return bool(self.findings) and all(f.ok for f in self.findings)
+
+    def unjudged(self) -> Outcome:
+        """The same numbers without limits."""
+        return replace(self, findings=tuple(replace(f, limit=None) for f in self.findings))
 
     @property
     def worst(self) -> Finding | None:

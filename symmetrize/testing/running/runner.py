@@ -168,8 +168,7 @@ def run_task(bench: Bench, task: Task, expected_failures: Mapping[str, str] | No
             return result(Verdict.SKIPPED, reason=f"not measured: {_summary(error)}", **spent)
         return result(Verdict.ERROR, reason=_summary(error), **spent)
     if not claimed:
-        findings = tuple(dataclasses.replace(f, limit=None) for f in outcome.findings)
-        outcome = dataclasses.replace(outcome, findings=findings)
+        outcome = outcome.unjudged()
     spent = {"outcome": outcome, "seconds": time.perf_counter() - start, "evaluations": bench.evaluations - before}
     if outcome.findings and all(f.limit is None for f in outcome.findings):
         return result(Verdict.RECORDED, **spent)
@@ -193,9 +192,10 @@ def _summary(error: Exception) -> str:
 
 def _check_announcements(bench: Bench, expected_failures: Mapping[str, str] | None) -> None:
     """Refuse announcements of what is no check: they would be silently ignored. Paths of any profile are known."""
-    named = [name for name in expected_failures or {}]
+    if not expected_failures:
+        return
     known = {task.id for task in tasks(bench)} | {f"{c}[{p}]" for c in all_checks() for p in paths()}
-    for name in named:
+    for name in expected_failures:
         base = known_check(name).name
         if "[" in name and name not in known:
             near = sorted(task for task in known if task.startswith(f"{base}["))
