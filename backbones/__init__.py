@@ -32,6 +32,9 @@ class Adapter:
     description : str
     requires : tuple of str
         What pip has to install beyond the dependencies of this package.
+    rebuild : str
+        Function in that module that makes an untrained backbone from what ``Backbone.describe`` returned; empty where
+        there is none.
     """
 
     module: str
@@ -41,6 +44,7 @@ class Adapter:
     license: str
     description: str
     requires: tuple[str, ...] = ()
+    rebuild: str = ""
 
 
 ADAPTERS: dict[str, Adapter] = {

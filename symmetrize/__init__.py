@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     )
     from symmetrize.frames import FrameMethod, FrameSet
     from symmetrize.methods.ecse import ECSE
+    from symmetrize.methods.group_averaging import GroupAveraging
     from symmetrize.methods.identity import Identity
     from symmetrize.registry import list_backbones, load_backbone
     from symmetrize.representations import OutputSpec
@@ -38,6 +39,7 @@ _HOME = {
     "DeclarationError": "symmetrize.errors",
     "FrameMethod": "symmetrize.frames",
     "FrameSet": "symmetrize.frames",
+    "GroupAveraging": "symmetrize.methods.group_averaging",
     "Identity": "symmetrize.methods.identity",
     "InvalidInputError": "symmetrize.errors",
     "InvalidTypeError": "symmetrize.errors",
@@ -60,6 +62,7 @@ __all__ = [
     "DeclarationError",
     "FrameMethod",
     "FrameSet",
+    "GroupAveraging",
     "Identity",
     "InvalidInputError",
     "InvalidTypeError",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,6 +72,9 @@ class Backbone(torch.nn.Module, ABC):
     #: Atomic numbers that it knows; None: any.
     species: tuple[int, ...] | None = None
 
+    #: Name in `symmetrize.list_backbones` of the adapter that rebuilds it from `describe`; None: there is none.
+    adapter: str | None = None
+
     def __init__(
         self,
         *,
@@ -139,6 +142,42 @@ class Backbone(torch.nn.Module, ABC):
             Rows of ``copies.center`` for per-atom outputs, one row per copy for per-structure outputs.
         """
         raise NotImplementedError(f"{type(self).__name__} does not share work between frames")
+
+    def describe(self) -> dict[str, Any]:
+        """JSON-serialisable description from which the adapter rebuilds this backbone, all but its parameters.
+
+        Raises
+        ------
+        DeclarationError
+            By default: there is no such description. A saved model is then loaded into a backbone that the caller
+            makes (``symmetrize.load(folder, backbone=...)``).
+        """
+        raise DeclarationError(
+            f"{type(self).__name__}: cannot be rebuilt from a description; make it yourself when the model is loaded: "
+            "symmetrize.load(folder, backbone=...)"
+        )
+
+    def scriptable(self) -> torch.nn.Module:
+        """This backbone as a module of plain tensors that ``torch.jit.script`` accepts, for exports.
+
+        It shares the parameters and buffers of this one, and has two methods, with types that TorchScript reads:
+
+        ``forward(pos, z, structure, n_structures, edge_index, cell_shift, edge_vec, center) -> Dict[str, Tensor]``
+            The outputs of `forward`, row for row. ``pos`` (n_atoms, 3); ``z``, ``structure`` (n_atoms,), int64;
+            ``n_structures`` an int; ``edge_index`` (2, n_edges), int64, sorted by center; ``cell_shift`` (n_edges, 3),
+            int64; ``edge_vec`` (n_edges, 3), to be read instead of differences of positions; ``center`` (n_atoms,),
+            bool.
+        ``baseline(z) -> Dict[str, Tensor]``
+            That of `baseline` for atoms of these species: per atom, float64; empty where there is none.
+
+        Raises
+        ------
+        DeclarationError
+            By default: there is no such form.
+        """
+        raise DeclarationError(
+            f"{type(self).__name__}: cannot be exported, since it has no scriptable form (see Backbone.scriptable)"
+        )
 
     @property
     def dtype(self) -> torch.dtype:
