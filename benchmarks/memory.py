@@ -126,14 +126,14 @@ def _measure(options: dict[str, Any]) -> dict[str, float]:
             model.zero_grad(set_to_none=True)
 
     evaluate(1, 16)
-    before = _peak(device)
+    before = peak(device)
     start = time.perf_counter()
     evaluate(options["n_frames"], options["chunk_size"])
     seconds = time.perf_counter() - start
-    return {"mebibytes": _peak(device) - before, "mebibytes_before": before, "seconds": seconds}
+    return {"mebibytes": peak(device) - before, "mebibytes_before": before, "seconds": seconds}
 
 
-def _peak(device: torch.device) -> float:
+def peak(device: torch.device) -> float:
     """Largest memory of this process so far, MiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20

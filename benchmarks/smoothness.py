@@ -74,7 +74,7 @@ def _networks(n_seeds: int) -> list[_Network]:
     found.append(_Network("toy, global", "structure", toys, None))
     for name in shipped():
         pet = load(name, dtype=torch.float64).requires_grad_(False)
-        scope = "atom" if pet.receptive_field == 1 else "structure"
+        scope = "atom" if pet.oriented_field == 1 else "structure"
         subject = Subject(name, pet, scope)
         found.append(_Network(f"PET {name}", scope, (subject,), frozenset(pet.config.atomic_types)))
     return found

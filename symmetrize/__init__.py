@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from symmetrize.methods.identity import Identity
     from symmetrize.registry import list_backbones, load_backbone
     from symmetrize.representations import OutputSpec
+    from symmetrize.storage import load, save
     from symmetrize.symmetrizer import Symmetrizer
+    from symmetrize.wrapping import wrap
 
 __version__ = "0.1.0"
 
@@ -52,7 +54,10 @@ _HOME = {
     "from_ase": "symmetrize.data",
     "from_points": "symmetrize.data",
     "list_backbones": "symmetrize.registry",
+    "load": "symmetrize.storage",
     "load_backbone": "symmetrize.registry",
+    "save": "symmetrize.storage",
+    "wrap": "symmetrize.wrapping",
 }
 
 __all__ = [
@@ -75,11 +80,14 @@ __all__ = [
     "from_ase",
     "from_points",
     "list_backbones",
+    "load",
     "load_backbone",
+    "save",
+    "wrap",
 ]
 
 
-_SUBPACKAGES = ("calculators", "keys", "testing", "training")
+_SUBPACKAGES = ("calculators", "export", "keys", "testing", "training")
 
 
 def __getattr__(name: str) -> Any:

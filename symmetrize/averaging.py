@@ -87,7 +87,7 @@ class Average:
             function = _ChunkFunction(self.backbone, self.source, self.model.group, self.energy, chunk)
             if conservative and not self.create_graph:
                 with torch.no_grad():
-                    outputs, gradients = function([t.detach() for t in tensors], False)
+                    outputs, gradients = function([t.detach().requires_grad_(t.requires_grad) for t in tensors], False)
             else:
                 outputs, gradients = run_chunk(
                     function,
@@ -128,7 +128,7 @@ class Average:
 
     def _chunks(self) -> Iterator[_Chunk]:
         limit = chunk_limit(self.model.chunk_size, self.graph[keys.POS].device)
-        for frame, _, invariant in divide(self.graph, self.frames, self.backbone.receptive_field, limit):
+        for frame, _, invariant in divide(self.graph, self.frames, self.backbone.oriented_field, limit):
             owner = self.frames.owner[frame]
             copies = self._copies(owner, invariant)
             yield _Chunk(frame, copies, invariant, *self._rows(copies, owner))
@@ -136,7 +136,7 @@ class Average:
     def _copies(self, owner: Tensor, invariant: bool) -> Copies:
         if self.model.scope == "structure":
             return copy_structures(self.graph, self.edge_ptr, owner)
-        hops = 0 if invariant else int(self.backbone.receptive_field or 0)
+        hops = 0 if invariant else int(self.backbone.oriented_field or 0)
         if self.backbone.shares_work and hops <= 1:
             stars = copy_stars(self.edge_ptr, owner)
             if not invariant:
@@ -255,7 +255,8 @@ class _ChunkFunction:
     def __call__(self, tensors: list[Tensor], create_graph: bool) -> tuple[list[Tensor], list[Tensor]]:
         conservative = self.energy is not None
         if conservative and not create_graph:
-            tensors = [t.detach().requires_grad_() for t in tensors]
+            # Only of what moves: a cell that nothing strains needs no gradient, which a black box would charge for.
+            tensors = [t.detach().requires_grad_(t.requires_grad) for t in tensors]
         else:
             # Aliases: some inputs are functions of others, and gradients below are meant to be partial ones.
             tensors = [t.view_as(t) for t in tensors]

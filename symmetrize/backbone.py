@@ -143,6 +143,15 @@ class Backbone(torch.nn.Module, ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} does not share work between frames")
 
+    @property
+    def oriented_field(self) -> int | None:
+        """Hops over which an output of an atom depends on the directions of edges: what a rotated copy has to hold.
+
+        The receptive field, unless a backbone that shares work reads further distances in `prepare` (as for cutoffs
+        that adapt to the neighbors of neighbors): these are the same in all orientations.
+        """
+        return self.receptive_field
+
     def describe(self) -> dict[str, Any]:
         """JSON-serialisable description from which the adapter rebuilds this backbone, all but its parameters.
 

@@ -20,6 +20,7 @@ from symmetrize.backbone import Backbone
 from symmetrize.errors import DeclarationError, InvalidInputError, InvalidTypeError, SymmetrizeError, did_you_mean
 from symmetrize.methods.ecse import ECSE
 from symmetrize.registry import list_backbones, load_backbone
+from symmetrize.storage import is_saved_model, load
 from symmetrize.symmetrizer import Symmetrizer
 from symmetrize.testing.fronts.front import EXPORTED_SUFFIXES, as_subject, explain_failures, report_paths, save_report
 from symmetrize.testing.fronts.parametrize import is_factory
@@ -194,8 +195,8 @@ def load_target(target: str) -> Any:
     ----------
     target : str
         ``"NAME"`` or ``"NAME:WEIGHTS"`` of a registered backbone; ``"module:object"`` or ``"file.py:object"``, where
-        the current directory is searched too and functions or classes without required arguments are called; or an
-        exported metatomic model, ``"model.pt"``.
+        the current directory is searched too and functions or classes without required arguments are called; the folder
+        of a saved model (`symmetrize.save`); or an exported metatomic model, ``"model.pt"``.
 
     Raises
     ------
@@ -206,13 +207,16 @@ def load_target(target: str) -> Any:
         if not Path(target).is_file():
             raise InvalidInputError(f"target: no such file: {target}")
         return Path(target)
+    if is_saved_model(target):
+        return load(target)
     name, _, attribute = target.partition(":")
     known = list_backbones()
     if name in known:
         return _guarded(target, lambda: load_backbone(name, *([attribute] if attribute else [])))
     if not attribute:
         raise DeclarationError(
-            f"target: expected module:object, a registered backbone or an exported model (.pt), got {target!r}; "
+            "target: expected module:object, a registered backbone, the folder of a saved model or an exported model "
+            f"(.pt), got {target!r}; "
             f"backbones: {did_you_mean(name, known)}"
         )
     value = _guarded(target, lambda: _imported(name))
@@ -227,7 +231,7 @@ def load_target(target: str) -> Any:
 def _imported(name: str) -> Any:
     if importlib.util.find_spec("metatomic") is not None:
         # After torch_geometric it can be imported in a special way only, which the user's code knows nothing of.
-        from symmetrize.testing.subjects.metatomic import import_metatomic
+        from symmetrize.metatomic import import_metatomic
 
         import_metatomic()
     if name.endswith(".py"):

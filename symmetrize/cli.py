@@ -1,4 +1,4 @@
-"""The command line: ``symmetrize demo | train | evaluate | check | list``."""
+"""The command line: ``symmetrize demo | train | evaluate | check | convert | export | list``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def _friendly(command: Callable[..., None], status: int = 1) -> Callable[..., No
         try:
             command(*args, **options)
         except ModuleNotFoundError as error:
-            extra = {"lightning": "train", "matplotlib": "report", "jinja2": "report"}.get(str(error.name))
+            extras = {"lightning": "train", "matplotlib": "report", "jinja2": "report", "metatomic": "metatomic"}
+            extra = extras.get(str(error.name).partition(".")[0])
             if extra is None:
                 raise
             raise _failure(
@@ -116,19 +117,17 @@ def train(config: Path, output: Path | None, data: Path | None, epochs: int | No
     "--backbone",
     default="pet:ethanol",
     show_default=True,
-    help="NAME or NAME:WEIGHTS (pet:ethanol, pet:ethanol-2block); see 'symmetrize list'.",
+    help="NAME or NAME:WEIGHTS (pet:ethanol, pet:ethanol-2block; see 'symmetrize list'), or a saved model's folder.",
 )
 @click.option(
     "--group",
     type=click.Choice(["O(3)", "SO(3)", "none"]),
-    default="O(3)",
-    show_default=True,
-    help="With or without inversion, or bare.",
+    help="With or without inversion, or bare.  [default: as saved, else O(3)]",
 )
 @click.option(
     "--scope",
     type=click.Choice(["atom", "structure"]),
-    help="Default: atom for strictly local networks, else structure.",
+    help="[default: as saved, else atom for strictly local networks and structure for others]",
 )
 @click.option("--forces/--no-forces", default=True, show_default=True)
 @click.option("--stress", is_flag=True, help="Also the stress (periodic structures).")
@@ -245,6 +244,79 @@ def check(ctx: click.Context, target: str | None, **options: Any) -> None:
     ctx.exit(check_target(target, echo=click.echo, command=ctx.meta["command"], **options))
 
 
+@main.command(short_help="A metatrain PET checkpoint as a model of this package.")
+@click.argument("checkpoint", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Write OUTPUT.safetensors and OUTPUT.json.  [default: beside the checkpoint, under its name]",
+)
+@click.option("--trust-pickle", is_flag=True, help="Read the checkpoint although reading it runs the code in it.")
+@click.option("--weights", type=click.Choice(["best", "last"]), default="best", show_default=True)
+@click.option("--energy", metavar="TARGET", help="Which target becomes the energy, where there are several.")
+@click.option("--targets", multiple=True, metavar="TARGET", help="Keep this target only (repeatable).")
+@click.option("--dtype", type=click.Choice(["float64", "float32"]), help="Convert to it.  [default: as trained]")
+@_friendly
+def convert(checkpoint: Path, output: Path | None, dtype: str | None, **options: Any) -> None:
+    """Turn CHECKPOINT, written by metatrain's PET, into safetensors and JSON.
+
+    \b
+    The result computes what metatrain's model computes. Then, for example,
+      symmetrize evaluate structures.xyz --backbone pet:OUTPUT
+      symmetrize check pet:OUTPUT --symmetrize
+      symmetrize export pet:OUTPUT -o model.pt
+    """
+    from symmetrize.convert import convert_checkpoint
+
+    convert_checkpoint(checkpoint, output, dtype=dtype, echo=click.echo, **options)
+
+
+@main.command(short_help="A symmetrised model as one file for ASE, i-PI, LAMMPS, torch-sim.")
+@click.argument("model", metavar="MODEL")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=Path("model.pt"),
+    show_default=True,
+    help="The file.",
+)
+@click.option("--group", type=click.Choice(["O(3)", "SO(3)"]), help="[default: as saved, else O(3)]")
+@click.option(
+    "--scope",
+    type=click.Choice(["atom", "structure"]),
+    help="[default: as saved, else atom for strictly local networks and structure for others]",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float64", "float32", "mixed"]),
+    help="mixed: the network in float32, everything else in float64.  [default: as the model is]",
+)
+@click.option("--chunk-size", type=click.IntRange(min=1), help="Atoms, rotated copies included, evaluated at a time.")
+@click.option("--bare", is_flag=True, help="Not symmetrised, for comparison.")
+@click.option("--species", metavar="H,C,...", help="Elements, where the model does not say them.")
+@click.option("--outputs", multiple=True, metavar="NAME", help="Of a metatomic file: keep this output (repeatable).")
+@click.option("--name", default="", help="Of the model, in the metadata.")
+@click.option("--description", default="", help="In the metadata.")
+@click.option("--author", "authors", multiple=True, help="In the metadata (repeatable).")
+@_friendly
+def export(model: str, output: Path, **options: Any) -> None:
+    """Write MODEL, symmetrised, in the metatomic format that simulation engines read.
+
+    \b
+    MODEL is one of
+      pet:ethanol, pet:PATH   a registered backbone (see 'symmetrize list'), which is symmetrised by ECSE
+      FOLDER                  a model that symmetrize.save wrote, as it is
+      other.pt                another model in the metatomic format, which is symmetrised by ECSE
+
+    See docs/engines.md for input files of ASE, i-PI, LAMMPS and torch-sim.
+    """
+    from symmetrize.export.command import run_export
+
+    run_export(model, output, echo=click.echo, **options)
+
+
 @main.command("list")
 def list_() -> None:
     """Registered backbones (without importing them) and symmetrisation methods."""
@@ -253,11 +325,14 @@ def list_() -> None:
     click.echo("backbones")
     for name, entry in sorted(list_backbones().items()):
         missing = f"; needs: pip install {' '.join(entry.missing)}" if entry.missing else ""
-        click.echo(f"  {name:<10} {entry.status:<12} {entry.description} ({entry.license}){missing}")
+        click.echo(f"  {name:<16} {entry.status:<12} {entry.description} ({entry.license}){missing}")
     click.echo("  weights of pet: ethanol (1 block), ethanol-2block; for ethanol only")
     click.echo("methods")
-    click.echo(f"  {'ECSE':<10} exact, smooth, deterministic; O(3) and SO(3), per atom or per structure")
-    click.echo(f"  {'Identity':<10} the bare backbone")
+    click.echo(
+        f"  {'ECSE':<16} exact, smooth, deterministic; about 2 evaluations per atom or molecule, 4 with inversion"
+    )
+    click.echo(f"  {'GroupAveraging':<16} fixed orientations, exact up to a degree: 24 evaluations for degree 3")
+    click.echo(f"  {'Identity':<16} the bare backbone")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -25,16 +26,24 @@ def edge_offsets(batch: Data) -> Tensor:
 
 def copy_structures(batch: Data, edge_ptr: Tensor, structures: Tensor) -> Copies:
     """Copies of whole structures, one for every entry of ``structures``; ``edge_ptr`` is that of `edge_offsets`."""
-    atom_ptr = batch[keys.PTR]
-    atom, atom_copy = gather_rows(atom_ptr, structures)
-    # Edges are sorted by center and atoms by structure, so a structure's edges are contiguous.
-    edge, edge_copy = gather_rows(edge_ptr[atom_ptr], structures)
-    starts = offsets(atom_ptr[structures + 1] - atom_ptr[structures])[:-1]
-    shift = (starts - atom_ptr[structures])[edge_copy]
-    ends = _ends(batch, edge)
+    atom, edge, atom_copy, edge_copy, source, target = gather_structures(
+        _edges(batch), edge_ptr, batch[keys.PTR], structures
+    )
     mask = batch.get(keys.CENTER_MASK)
     center = torch.ones_like(atom, dtype=torch.bool) if mask is None else mask[atom]
-    return Copies(atom, edge, atom_copy, edge_copy, ends[0] + shift, ends[1] + shift, center)
+    return Copies(atom, edge, atom_copy, edge_copy, source, target, center)
+
+
+def gather_structures(
+    edge_index: Tensor, edge_ptr: Tensor, ptr: Tensor, structures: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`copy_structures` in plain tensors, for TorchScript: all fields of `Copies` but the last."""
+    atom, atom_copy = gather_rows(ptr, structures)
+    # Edges are sorted by center and atoms by structure, so a structure's edges are contiguous.
+    edge, edge_copy = gather_rows(edge_ptr[ptr], structures)
+    starts = offsets(ptr[structures + 1] - ptr[structures])[:-1]
+    shift = (starts - ptr[structures])[edge_copy]
+    return atom, edge, atom_copy, edge_copy, edge_index[0, edge] + shift, edge_index[1, edge] + shift
 
 
 def copy_stars(edge_ptr: Tensor, centers: Tensor) -> Copies:
@@ -52,21 +61,30 @@ def copy_environments(batch: Data, edge_ptr: Tensor, centers: Tensor, hops: int)
     network that reads edge vectors they carry the same features. With 0 hops only the centers remain.
     """
     n_atoms = batch[keys.POS].shape[0]
+    atom, edge, atom_copy, edge_copy, source, target = gather_environments(
+        _edges(batch), edge_ptr, n_atoms, centers, hops
+    )
+    return Copies(atom, edge, atom_copy, edge_copy, source, target, atom == centers[atom_copy])
+
+
+def gather_environments(
+    edge_index: Tensor, edge_ptr: Tensor, n_atoms: int, centers: Tensor, hops: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`copy_environments` in plain tensors, for TorchScript: all fields of `Copies` but the last."""
     # A pair (copy, atom) is one integer; sorted pairs are grouped by copy and ascending by atom.
     pairs = torch.arange(centers.shape[0], device=centers.device) * n_atoms + centers
     inner = pairs[:0]
     for _ in range(hops):
         inner = pairs
         edge, pick = gather_rows(edge_ptr, inner % n_atoms)
-        reached = (inner // n_atoms)[pick] * n_atoms + _ends(batch, edge)[0]
+        reached = (inner // n_atoms)[pick] * n_atoms + edge_index[0, edge]
         pairs = torch.unique(torch.cat([inner, reached]))
     edge, pick = gather_rows(edge_ptr, inner % n_atoms)
     edge_copy = (inner // n_atoms)[pick]
-    ends = _ends(batch, edge)
     atom, atom_copy = pairs % n_atoms, pairs // n_atoms
-    source = torch.searchsorted(pairs, edge_copy * n_atoms + ends[0])
-    target = torch.searchsorted(pairs, edge_copy * n_atoms + ends[1])
-    return Copies(atom, edge, atom_copy, edge_copy, source, target, atom == centers[atom_copy])
+    source = torch.searchsorted(pairs, edge_copy * n_atoms + edge_index[0, edge])
+    target = torch.searchsorted(pairs, edge_copy * n_atoms + edge_index[1, edge])
+    return atom, edge, atom_copy, edge_copy, source, target
 
 
 def copied_sizes(batch: Data, owners: Tensor, scope: str, hops: int | None) -> Tensor:
@@ -74,26 +92,36 @@ def copied_sizes(batch: Data, owners: Tensor, scope: str, hops: int | None) -> T
     ptr = batch[keys.PTR]
     if scope == "structure":
         return (ptr[1:] - ptr[:-1])[owners]
-    whole = (ptr[1:] - ptr[:-1])[batch[keys.BATCH]]
-    edges = batch.get(keys.EDGE_INDEX)
+    return environment_sizes(_edges(batch), ptr, batch[keys.BATCH], hops or 0)[owners]
+
+
+def environment_sizes(edge_index: Tensor, ptr: Tensor, structure: Tensor, hops: int) -> Tensor:
+    """`copied_sizes` of the environments of all atoms, in plain tensors, for TorchScript."""
+    whole = (ptr[1:] - ptr[:-1])[structure]
     size = torch.ones_like(whole)
-    for _ in range(hops or 0):
-        if edges is not None:
-            size = 1 + torch.zeros_like(size).index_add(0, edges[1], size[edges[0]])
-            size = torch.minimum(size, whole.clamp(min=2) * 64)
-    exact_star = hops == 1
-    return (size if exact_star else torch.minimum(size, whole))[owners]
+    for _ in range(hops):
+        size = 1 + torch.zeros_like(size).index_add(0, edge_index[1], size[edge_index[0]])
+        size = torch.minimum(size, whole.clamp(min=2) * 64)
+    return size if hops == 1 else torch.minimum(size, whole)
 
 
 def pack(sizes: Tensor, limit: int) -> Iterator[Tensor]:
     """Indices of copies, chunk by chunk: similar sizes together, a total of at most ``limit`` unless one is larger."""
+    order, stops = packed(sizes, limit)
+    return (order[start:stop] for start, stop in pairwise([0, *stops]))
+
+
+def packed(sizes: Tensor, limit: int) -> tuple[Tensor, list[int]]:
+    """`pack` as an order of the copies and the end of every chunk in it, for TorchScript."""
     order = torch.argsort(sizes, stable=True)
     ends = torch.cumsum(sizes[order], dim=0)
+    stops: list[int] = []
     start, before = 0, 0
     while start < order.shape[0]:
-        stop = max(start + 1, int(torch.searchsorted(ends, before + limit, right=True)))
-        yield order[start:stop]
-        start, before = stop, int(ends[stop - 1])
+        start = max(start + 1, int(torch.searchsorted(ends, before + limit, right=True)))
+        before = int(ends[start - 1])
+        stops.append(start)
+    return order, stops
 
 
 def divide(batch: Data, frames: FrameSet, hops: int | None, limit: int) -> Iterator[tuple[Tensor, int, bool]]:
@@ -117,6 +145,8 @@ def divide(batch: Data, frames: FrameSet, hops: int | None, limit: int) -> Itera
             yield frame[part], int(sizes[part].sum()), invariant
 
 
-def _ends(batch: Data, edge: Tensor) -> Tensor:
-    edges = batch.get(keys.EDGE_INDEX)
-    return torch.stack([edge, edge]) if edges is None else edges[:, edge]
+def _edges(batch: Data) -> Tensor:
+    edges: Tensor | None = batch.get(keys.EDGE_INDEX)
+    if edges is None:
+        return torch.zeros(2, 0, dtype=torch.int64, device=batch[keys.POS].device)
+    return edges

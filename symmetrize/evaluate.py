@@ -20,6 +20,7 @@ from symmetrize.files import replacing
 from symmetrize.methods.ecse import ECSE
 from symmetrize.methods.identity import Identity
 from symmetrize.registry import load_backbone
+from symmetrize.storage import is_saved_model, load
 from symmetrize.symmetrizer import Symmetrizer, check_energy
 
 
@@ -27,7 +28,7 @@ def evaluate_file(
     structures: str | Path,
     *,
     backbone: str = "pet:ethanol",
-    group: str = "O(3)",
+    group: str | None = None,
     scope: str | None = None,
     forces: bool = True,
     stress: bool = False,
@@ -46,9 +47,11 @@ def evaluate_file(
     structures : path
         Any format that ASE reads; energies in eV, forces in eV/angstrom where present.
     backbone : str
-        ``"name"`` or ``"name:argument"`` as for `load_backbone`.
-    group : {"O(3)", "SO(3)", "none"}
-        ``"none"`` evaluates the bare backbone.
+        ``"name"`` or ``"name:argument"`` as for `load_backbone`; or the folder of a saved model.
+    group : {"O(3)", "SO(3)", "none"}, optional
+        ``"none"`` evaluates the bare backbone. By default that of the saved model, else ``"O(3)"``.
+    scope : {"atom", "structure"}, optional
+        By default that of the saved model, else as `Symmetrizer` chooses.
     output : path, optional
         Where to write the structures with the predictions attached (extxyz).
     explain : bool
@@ -68,16 +71,13 @@ def evaluate_file(
     frames = found if isinstance(found, list) else [found]
     if not frames:
         raise InvalidInputError(f"{structures}: expected at least one structure, got none")
-    name, _, argument = backbone.partition(":")
     precision = getattr(torch, dtype)
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InvalidInputError(f"device: {device!r} is not available here, 'cpu' is") from error
-    net = load_backbone(name, *([argument] if argument else [])).to(device=device, dtype=precision).eval()
-    check_energy(net, "energy")
-    method = Identity() if group == "none" else ECSE()
-    model = Symmetrizer(net, method, group="O(3)" if group == "none" else group, scope=scope)
+    model = _model(backbone, group, scope).to(device=device, dtype=precision).eval()
+    check_energy(model.backbone, "energy")
     if explain:
         first = frames[:batch_size]
         echo(f"the first {len(first)} of {len(frames)} structures:")
@@ -103,7 +103,8 @@ def evaluate_file(
             if spread:
                 copy.info["energy_spread"] = float(out["energy_spread"][n])
             predicted.append(copy)
-    symmetry = "bare" if group == "none" else f"ECSE, {group}, scope {model.scope}"
+    method = type(model.method).__name__
+    symmetry = "bare" if method == "Identity" else f"{method}, {model.group}, scope {model.scope}"
     echo(f"{len(frames)} structures, {sum(map(len, frames))} atoms; {backbone}, {symmetry}; {seconds:.2f} s")
     _report_errors(frames, predicted, forces, echo)
     if output is not None:
@@ -113,6 +114,18 @@ def evaluate_file(
     else:
         _list_predictions(predicted, echo)
     return predicted
+
+
+def _model(name: str, group: str | None, scope: str | None) -> Symmetrizer:
+    if is_saved_model(name):
+        saved = load(name)
+        method = Identity() if group == "none" else saved.method
+        chosen = saved.group if group in (None, "none") else str(group)
+        return Symmetrizer(saved.backbone, method, chosen, scope or saved.scope, saved.chunk_size)
+    backbone, _, argument = name.partition(":")
+    net = load_backbone(backbone, *([argument] if argument else [])).eval()
+    method = Identity() if group == "none" else ECSE()
+    return Symmetrizer(net, method, "O(3)" if group in (None, "none") else str(group), scope)
 
 
 def _list_predictions(predicted: list[Atoms], echo: Callable[[str], None], limit: int = 10) -> None:

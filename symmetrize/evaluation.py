@@ -51,7 +51,9 @@ def make_source(backbone: Backbone, batch: Data) -> Source:
         cache = backbone.prepare(batch)
         inputs = {name: value for name, value in cache.items() if value.is_floating_point()}
         constants = {name: value for name, value in cache.items() if name not in inputs}
-        return Source(batch, {keys.EDGE_VEC: batch[keys.EDGE_VEC], **inputs}, constants, True)
+        # What rotates: edge vectors, or the positions where no neighbor list is read.
+        geometry = keys.POS if backbone.cutoff is None else keys.EDGE_VEC
+        return Source(batch, {geometry: batch[geometry], **inputs}, constants, True)
     names = [keys.POS, keys.CELL, keys.EDGE_VEC, *backbone.vectors]
     return Source(batch, {name: batch[name] for name in names if batch.get(name) is not None}, {}, False)
 
@@ -62,6 +64,11 @@ def run_backbone(
     """Outputs of the backbone in local coordinates, ``x_local = F^T (x - origin)``."""
     frames = frames.to(source.batch[keys.POS].dtype)
     edge_vec = inputs.get(keys.EDGE_VEC)
+    if source.shared and edge_vec is None:
+        pos = inputs[keys.POS][copies.atom] - origins[copies.atom_copy]
+        pos = (pos[:, None, :] @ frames[copies.atom_copy])[:, 0]
+        cache = {name: value for name, value in inputs.items() if name != keys.POS} | source.constants
+        return backbone.forward_frames(cache, pos, copies)
     if edge_vec is not None:
         edge_vec = (edge_vec[copies.edge][:, None, :] @ frames[copies.edge_copy])[:, 0]
         if source.shared:
@@ -186,7 +193,8 @@ class _Recomputed(torch.autograd.Function):
         }
         ctx.save_for_backward(*tensors)
         with torch.no_grad():
-            outputs, gradients = function([t.detach() for t in tensors[:n_tensors]], False)
+            plain = [t.detach().requires_grad_(t.requires_grad) for t in tensors[:n_tensors]]
+            outputs, gradients = function(plain, False)
         return tuple(outputs) + tuple(gradients)
 
     @staticmethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -144,6 +144,15 @@ class FrameMethod(torch.nn.Module, ABC):
     def __init__(self, auxiliary: Backbone | None = None) -> None:
         super().__init__()
         self.auxiliary = auxiliary
+
+    def describe(self) -> dict[str, Any]:
+        """JSON-serialisable arguments that make this method again: all but its parameters and an auxiliary model."""
+        return {}
+
+    @classmethod
+    def rebuild(cls, description: dict[str, Any], auxiliary: Backbone | None) -> FrameMethod:
+        """The method that was described, with the auxiliary model that it had."""
+        return cls(**description)
 
     @abstractmethod
     def frames(

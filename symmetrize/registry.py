@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from dataclasses import dataclass
-from importlib.metadata import entry_points
+from importlib.metadata import PackageNotFoundError, entry_points, version
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from symmetrize.errors import DeclarationError, InvalidTypeError, MissingDependencyError, did_you_mean
@@ -19,7 +19,10 @@ ENTRY_POINT_GROUP = "symmetrize.backbones"
 
 @dataclass(frozen=True)
 class Entry:
-    """A backbone that can be loaded by name."""
+    """A backbone that can be loaded by name; the fields are those of an adapter in `symmetrize.backbones`.
+
+    ``target`` and ``rebuild`` are functions, as ``"module:attribute"``.
+    """
 
     name: str
     description: str
@@ -28,11 +31,20 @@ class Entry:
     license: str
     requires: tuple[str, ...]
     target: str
+    rebuild: str = ""
 
     @property
     def missing(self) -> tuple[str, ...]:
         """Required libraries that are not installed."""
-        return tuple(r for r in self.requires if importlib.util.find_spec(r.replace("-", "_")) is None)
+        return tuple(name for name in self.requires if not _is_installed(name))
+
+
+def _is_installed(distribution: str) -> bool:
+    try:
+        version(distribution)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def list_backbones() -> dict[str, Entry]:
@@ -47,6 +59,7 @@ def list_backbones() -> dict[str, Entry]:
             license=adapter.license,
             requires=tuple(adapter.requires),
             target=f"symmetrize.backbones{adapter.module}:{adapter.attribute}",
+            rebuild=f"symmetrize.backbones{adapter.module}:{adapter.rebuild}" if adapter.rebuild else "",
         )
         for name, adapter in adapters.items()
     }
@@ -70,16 +83,56 @@ def load_backbone(name: str, *args: Any, **options: Any) -> Backbone:
     MissingDependencyError
         If its library is not installed, with the command that installs it.
     """
-    from symmetrize.backbone import Backbone
+    entry = _find(name, "load_backbone")
+    return _call(entry, entry.target, *args, **options)
 
+
+def rebuild_backbone(name: str, description: dict[str, Any]) -> Backbone:
+    """Make an untrained backbone again from what its ``describe`` returned.
+
+    An adapter of another package offers this as a function ``rebuild`` in the module of its entry point.
+
+    Raises
+    ------
+    DeclarationError, MissingDependencyError
+        As `load_backbone`; also if the adapter cannot do this.
+    """
+    entry = _find(name, "rebuild_backbone")
+    target = entry.rebuild or f"{entry.target.partition(':')[0]}:rebuild"
+    module, _, attribute = target.partition(":")
+    if getattr(_imported(entry, module), attribute, None) is None:
+        raise DeclarationError(f"rebuild_backbone: the adapter {name!r} cannot make a backbone from its description")
+    return _call(entry, target, description)
+
+
+def _find(name: str, function: str) -> Entry:
     known = list_backbones()
     if name not in known:
-        raise DeclarationError(f"load_backbone: unknown backbone {name!r}, {did_you_mean(str(name), known)}")
+        raise DeclarationError(f"{function}: unknown backbone {name!r}, {did_you_mean(str(name), known)}")
     entry = known[name]
     if entry.missing:
         raise MissingDependencyError(f"backbone {name!r} needs: pip install {' '.join(entry.missing)}")
-    module, _, attribute = entry.target.partition(":")
-    backbone = getattr(importlib.import_module(module), attribute)(*args, **options)
+    return entry
+
+
+def _imported(entry: Entry, module: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("symmetrize"):
+            raise  # a fault here, not a missing library
+        raise MissingDependencyError(
+            f"backbone {entry.name!r}: cannot import {error.name!r}, which {module!r} needs: {error}"
+        ) from error
+
+
+def _call(entry: Entry, target: str, *args: Any, **options: Any) -> Backbone:
+    from symmetrize.backbone import Backbone
+
+    module, _, attribute = target.partition(":")
+    backbone = getattr(_imported(entry, module), attribute)(*args, **options)
     if not isinstance(backbone, Backbone):
-        raise InvalidTypeError(f"backbone {name!r}: expected its loader to return a Backbone, got {type(backbone)}")
+        raise InvalidTypeError(
+            f"backbone {entry.name!r}: expected its loader to return a Backbone, got {type(backbone)}"
+        )
     return backbone

@@ -173,7 +173,7 @@ class Symmetrizer(torch.nn.Module):
         with torch.no_grad():
             graph = self._with_edges(self._checked(batch))
             frames = self._frames(graph, None)
-            hops = self.backbone.receptive_field if self.scope == "atom" else None
+            hops = self.backbone.oriented_field if self.scope == "atom" else None
             limit = chunk_limit(self.chunk_size, graph[keys.POS].device)
             return make_plan(graph, frames, hops, limit, self.group)
 
@@ -218,7 +218,7 @@ class Symmetrizer(torch.nn.Module):
     def _frames(self, graph: Data, generator: torch.Generator | None) -> FrameSet:
         if self.scope == "atom":
             # Candidates have to cover everything the backbone sees from a center, or the average is not exact.
-            hops = self.backbone.receptive_field or 1
+            hops = self.backbone.oriented_field or 1
             if hops > 1:
                 reach = hops * float(self.backbone.cutoff or 0.0)
                 bare = replace(graph, **{keys.EDGE_INDEX: None, keys.CELL_SHIFT: None, keys.EDGE_CUTOFF: None})
@@ -248,7 +248,7 @@ def check_energy(backbone: Backbone, energy: str) -> None:
 def _resolve_scope(backbone: Backbone, scope: str | None) -> Scope:
     per_structure = sorted(name for name, spec in backbone.outputs.items() if spec.per == "structure")
     if scope is None:
-        local = backbone.receptive_field in (0, 1) and backbone.cutoff is not None
+        local = backbone.oriented_field in (0, 1) and backbone.cutoff is not None
         return "atom" if local and not per_structure else "structure"
     resolved = check_scope(scope)
     if resolved == "atom":

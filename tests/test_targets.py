@@ -22,6 +22,8 @@ from e3nn import nn, o3
 
 from symmetrize import OutputSpec, from_ase
 from symmetrize.errors import DeclarationError, InvalidInputError, InvalidTypeError, MissingDependencyError
+from symmetrize.metatomic import import_metatomic
+from symmetrize.metatomic.tensor_maps import to_e3nn
 from symmetrize.testing import displaced, measure_mutation, permute
 from symmetrize.testing.running.outcome import Verdict
 from symmetrize.testing.running.profile import PROFILES
@@ -29,8 +31,7 @@ from symmetrize.testing.running.runner import make_bench, run_task, tasks
 from symmetrize.testing.structures.geometries import random_cluster
 from symmetrize.testing.subjects.arguments import of_arguments
 from symmetrize.testing.subjects.calculators import of_calculator
-from symmetrize.testing.subjects.metatomic import import_metatomic, of_metatomic
-from symmetrize.testing.subjects.tensor_maps import to_e3nn
+from symmetrize.testing.subjects.metatomic import of_metatomic
 
 SYMMETRIES = ("rotation_equivariance", "inversion_equivariance")
 

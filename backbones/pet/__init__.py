@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from symmetrize.errors import DeclarationError, InvalidInputError, InvalidTypeError, did_you_mean
 
-from .config import PETConfig
+from .config import PETConfig, Target
 from .model import PET
 from .storage import read_model
 
-__all__ = ["PET", "PETConfig", "load", "shipped"]
+__all__ = ["PET", "PETConfig", "Target", "load", "rebuild", "shipped"]
 
 _WEIGHTS = Path(__file__).parent / "weights"
 
@@ -61,3 +62,18 @@ def load(name_or_path: str | os.PathLike[str] = "ethanol", dtype: torch.dtype | 
             )
     model.load_state_dict(tensors)
     return (model if dtype is None else model.to(dtype)).eval()
+
+
+def rebuild(description: dict[str, Any]) -> PET:
+    """The model that `PET.describe` describes, with parameters that are still to be loaded.
+
+    Raises
+    ------
+    InvalidInputError
+        For anything that is no such description.
+    DeclarationError
+        For a configuration with unknown entries.
+    """
+    if not isinstance(description, dict) or not isinstance(description.get("config"), dict):
+        raise InvalidInputError("pet: expected a description with an entry 'config'")
+    return PET(PETConfig.from_dict(description["config"]), metadata=description.get("metadata"))

@@ -30,17 +30,21 @@ def cutoff_weights(
     never : float
         Stands for the logarithm of 0.
     """
-    x = (length - (cutoff - width)) / width
+    return step((length - (cutoff - width)) / width, function, never)
+
+
+def step(x: Tensor, function: str, never: float = NEVER) -> tuple[Tensor, Tensor]:
+    """The cutoff function and its logarithm at x, which runs from 0 to 1 while they fall from 1 to 0 (see above)."""
     if function == "bump":
         # Within 1e-3 of either end f_c equals 0 or 1 up to exp(-600), in float32 up to exp(-60) within 1e-2.
-        margin = 1e-3 if length.dtype == torch.float64 else 1e-2
+        margin = 1e-3 if x.dtype == torch.float64 else 1e-2
         inside = (x > margin) & (x < 1.0 - margin)
         safe = torch.where(inside, x, torch.full_like(x, 0.5))
         logit = 2.0 / torch.tan(math.pi * safe)
         log_weight = torch.nn.functional.logsigmoid(logit)
         weight = torch.sigmoid(logit)
     else:
-        margin = 1e-7 if length.dtype == torch.float64 else 1e-5
+        margin = 1e-7 if x.dtype == torch.float64 else 1e-5
         inside = (x > 0.0) & (x < 1.0 - margin)
         safe = torch.where(inside, x, torch.full_like(x, 0.5))
         root = torch.cos(0.5 * math.pi * safe)
@@ -72,17 +76,39 @@ def reverse_edges(source: Tensor, target: Tensor, shift: Tensor, n_atoms: int) -
     shift = shift.to(torch.int64)
     reach = int(shift.abs().max())
     base = 2 * reach + 1
+    cubed = base * base * base  # base**3 is a float to TorchScript
     here = torch.zeros_like(source)
     there = torch.zeros_like(source)
     for axis in range(3):
         here = here * base + (shift[:, axis] + reach)
         there = there * base + (reach - shift[:, axis])
-    here = (target * n_atoms + source) * base**3 + here
-    there = (source * n_atoms + target) * base**3 + there
+    here = (target * n_atoms + source) * cubed + here
+    there = (source * n_atoms + target) * cubed + there
     ordered, order = torch.sort(here)
     if bool((ordered[1:] == ordered[:-1]).any()):
         return torch.full_like(source, -2)
     return find(ordered, there, order)
+
+
+def drop_edges(
+    keep: Tensor, edge_vec: Tensor, scalars: Tensor, species: Tensor, source: Tensor, target: Tensor, reverse: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The edges in ``keep`` (bool) alone; ``source`` and ``reverse`` may be empty."""
+    kept = torch.nonzero(keep).view(-1)
+    if source.shape[0] > 0:
+        source = source.index_select(0, kept)
+    if reverse.shape[0] > 0:
+        number = torch.where(keep, torch.cumsum(keep.to(torch.int64), dim=0) - 1, torch.full_like(target, -1))
+        partner = reverse.index_select(0, kept)
+        reverse = torch.where(partner < 0, partner, number.index_select(0, partner.clamp(min=0)))
+    return (
+        edge_vec.index_select(0, kept),
+        scalars.index_select(0, kept),
+        species.index_select(0, kept),
+        source,
+        target.index_select(0, kept),
+        reverse,
+    )
 
 
 def find(ordered: Tensor, wanted: Tensor, number: Tensor) -> Tensor:

@@ -13,12 +13,16 @@ from torch_geometric.data import Data
 from symmetrize import keys
 from symmetrize.backbone import Backbone, Copies
 from symmetrize.data import edge_vectors
-from symmetrize.errors import InvalidInputError, InvalidTypeError, UnknownSpeciesError
-from symmetrize.representations import OutputSpec
+from symmetrize.errors import DeclarationError, InvalidInputError, InvalidTypeError, UnknownSpeciesError
+from symmetrize.ops.ragged import segment_sum
 
+from .conditioning import read_condition
 from .config import PETConfig
-from .edges import cutoff_weights, find, needed_atoms, reverse_edges
+from .edges import drop_edges, find, needed_atoms, reverse_edges
+from .geometry import Geometry, inverse_volumes, species_rows
 from .network import PETNetwork
+from .repulsion import Repulsion
+from .scriptable import ScriptablePET, assemble, carries_composition, compositions, layout_of
 from .storage import save_model
 
 
@@ -26,7 +30,7 @@ class PET(Backbone):
     """Point Edge Transformer (arXiv:2305.19302) with the architecture of metatrain.
 
     ``energy`` is a contribution per atom, in eV for lengths in angstrom, without the composition's part, which
-    `baseline` returns.
+    `baseline` returns; other outputs are what the configuration lists.
 
     Parameters
     ----------
@@ -42,49 +46,91 @@ class PET(Backbone):
         Unit of the network's outputs: they are multiplied by it.
     composition : Tensor of shape (n_species,), float64
         Energy of an atom of each species, in the order of ``config.atomic_types``.
+    factor, offset : Tensor of shape (n_species, n_components), float64
+        The same for every component of every output, in the order of ``config.outputs``: what is multiplied by
+        (besides ``scale``) and, in `baseline`, added for an atom of each species.
     """
 
     shares_work = True
 
+    adapter = "pet"
+
     scale: Tensor
     composition: Tensor
+    factor: Tensor
+    offset: Tensor
     species_row: Tensor
+    repulsion: Repulsion | None
 
     def __init__(self, config: PETConfig, *, seed: int = 0, metadata: dict[str, Any] | None = None) -> None:
         if not isinstance(config, PETConfig):
             raise InvalidTypeError(f"config: expected a PETConfig, got {type(config).__name__}")
-        outputs = {"energy": OutputSpec("0e", per="atom", reduce="sum", unit="eV")}
-        if config.direct_forces:
-            outputs["non_conservative_forces"] = OutputSpec("1o", per="atom", unit="eV/A")
-        super().__init__(outputs=outputs, cutoff=config.cutoff, receptive_field=config.receptive_field)
+        repulsion = None if config.zbl is None else Repulsion(config.atomic_types, config.zbl)
+        super().__init__(
+            outputs={target.name: target.spec for target in config.outputs},
+            cutoff=config.cutoff if config.zbl is None else max(config.cutoff, 2.0 * max(config.zbl)),
+            receptive_field=config.receptive_field,
+        )
         self.config = config
         self.species = tuple(config.atomic_types)
         self.metadata = dict(metadata or {})
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.network = PETNetwork(config)
+        self.geometry = Geometry(config)
+        self.repulsion = repulsion
+        n_species, n_components = len(config.atomic_types), sum(target.width for target in config.outputs)
         self.register_buffer("scale", torch.ones((), dtype=torch.float64))
-        self.register_buffer("composition", torch.zeros(len(config.atomic_types), dtype=torch.float64))
+        self.register_buffer("composition", torch.zeros(n_species, dtype=torch.float64))
+        self.register_buffer("factor", torch.ones(n_species, n_components, dtype=torch.float64))
+        self.register_buffer("offset", torch.zeros(n_species, n_components, dtype=torch.float64))
         row = torch.full((max(config.atomic_types) + 1,), -1, dtype=torch.int64)
-        row[list(config.atomic_types)] = torch.arange(len(config.atomic_types))
+        row[list(config.atomic_types)] = torch.arange(n_species)
         self.register_buffer("species_row", row, persistent=False)
+        self._layout = layout_of(config)
+
+    @property
+    def oriented_field(self) -> int:
+        """Hops over which an atom's output depends on the directions of edges: what a rotated copy has to hold.
+
+        An adaptive cutoff reaches one hop further, but through distances only, which `prepare` has read.
+        """
+        return self.config.oriented_field
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PET:
-        # Energies of -4000 eV do not survive float32: the dtype of these two is not the dtype of the network.
-        exact = {"scale": self.scale, "composition": self.composition}
+        # Energies of -4000 eV do not survive float32: the dtype of these is not the dtype of the network.
+        exact = {name: getattr(self, name) for name in ("scale", "composition", "factor", "offset")}
+        tables = {} if self.repulsion is None else dict(self.repulsion.named_buffers())
         super()._apply(fn, recurse)
         for name, value in exact.items():
             setattr(self, name, value.to(device=getattr(self, name).device))
+        for name, value in tables.items():
+            setattr(self.repulsion, name, value.to(device=self.scale.device))
         return self
 
     def baseline(self, batch: Data) -> dict[str, Tensor]:
-        """Composition energies of the atoms, float64."""
-        energies = self.composition.index_select(0, self._species(batch))
+        """Composition parts of the outputs of the atoms (those that have one), float64."""
         mask = batch.get(keys.CENTER_MASK)
-        return {"energy": energies if mask is None else energies[mask]}
+        species = self._species(batch)
+        return compositions(
+            self._layout,
+            self.baseline_names(),
+            species if mask is None else species[mask],
+            self.composition,
+            self.offset,
+        )
+
+    def baseline_names(self) -> list[str]:
+        """Outputs that have a composition part."""
+        names = []
+        for part in self._layout:
+            given = self.offset[:, part.column : part.column + part.stop - part.start]
+            if carries_composition(part) or bool(given.any()):
+                names.append(part.name)
+        return names
 
     def forward(self, batch: Data) -> dict[str, Tensor]:
-        """``energy`` of every wanted atom (and ``non_conservative_forces``)."""
+        """``energy`` and the other outputs of every wanted atom."""
         edge_vec = _edge_vec(batch)
         return self.forward_frames(self._prepare(batch, edge_vec), edge_vec)
 
@@ -99,9 +145,6 @@ class PET(Backbone):
         if edge_vec.shape != (target.shape[0], 3):
             raise InvalidInputError(f"edge_vec: expected shape ({target.shape[0]}, 3), got {tuple(edge_vec.shape)}")
         length = torch.linalg.vector_norm(edge_vec.to(self.dtype), dim=1)
-        weight, log_weight = cutoff_weights(
-            length, self.config.cutoff, self.config.cutoff_width, self.config.cutoff_function
-        )
         mask = batch.get(keys.CENTER_MASK)
         cache = {
             "species": species,
@@ -109,8 +152,16 @@ class PET(Backbone):
             "source": source,
             "target": target,
             "center": torch.ones_like(species, dtype=torch.bool) if mask is None else mask,
-            "edge_scalars": torch.stack([length, weight, log_weight], dim=1),
+            "edge_scalars": self.geometry(length, source, target, n_atoms),
         }
+        if self.repulsion is not None:
+            cache["repulsion"] = segment_sum(
+                self.repulsion(length, species.index_select(0, target), cache["neighbor_species"]), target, n_atoms
+            )
+        if any(target.per_volume for target in self.config.outputs):
+            cache["inverse_volume"] = self._inverse_volume(batch)
+        if self.network.system_conditioning is not None:
+            cache["condition"] = read_condition(batch, self.network.system_conditioning)
         if self.network.n_exchanges > 0:
             shift = batch.get(keys.CELL_SHIFT)
             shift = source.new_zeros(source.shape[0], 3) if shift is None else shift
@@ -125,12 +176,17 @@ class PET(Backbone):
         self, cache: dict[str, Tensor], edge_vec: Tensor, copies: Copies | None = None
     ) -> dict[str, Tensor]:
         """Outputs of copies of what was prepared; see `Backbone.forward_frames`."""
+        species, condition = cache["species"], cache.get("condition")
+        repulsion, inverse_volume = cache.get("repulsion"), cache.get("inverse_volume")
         if copies is None:
-            species, scalars, neighbors = cache["species"], cache["edge_scalars"], cache["neighbor_species"]
+            scalars, neighbors = cache["edge_scalars"], cache["neighbor_species"]
             source, target, reverse, center = cache["source"], cache["target"], cache["reverse"], cache["center"]
+            atom = None if bool(center.all()) else torch.nonzero(center).view(-1)
         else:
             edge, target, center, source = copies.edge, copies.target, copies.center, copies.source
-            species = cache["species"].index_select(0, copies.atom)
+            atom = copies.atom if bool(center.all()) else copies.atom[center]
+            species = species.index_select(0, copies.atom)
+            condition = None if condition is None else condition.index_select(0, copies.atom)
             scalars = cache["edge_scalars"].index_select(0, edge)
             neighbors = cache["neighbor_species"].index_select(0, edge)
             reverse = cache["reverse"]
@@ -150,21 +206,51 @@ class PET(Backbone):
                 number[order] = torch.arange(order.shape[0], device=order.device)
                 partner = reverse[order]
                 reverse = torch.where(partner < 0, partner, number[partner.clamp(min=0)])
-        values = self.network(edge_vec.to(self.dtype), scalars, neighbors, species, source, target, reverse, center)
-        scale = self.scale.to(self.dtype)
-        return {name: value.reshape((-1,) + self.outputs[name].shape) * scale for name, value in values.items()}
+        visible = scalars[:, 1] > 0.0
+        if not bool(visible.all()):  # a skin, an adaptive cutoff: edges of weight zero are those of no edge at all
+            edge_vec, scalars, neighbors, source, target, reverse = drop_edges(
+                visible, edge_vec, scalars, neighbors, source, target, reverse
+            )
+        values = self.network(
+            edge_vec.to(self.dtype), scalars, neighbors, species, source, target, reverse, center, condition
+        )
+        factor = (self.scale * self.factor).to(self.dtype)
+        return assemble(
+            values,
+            self._layout,
+            factor.index_select(0, species if bool(center.all()) else species[center]),
+            repulsion if repulsion is None or atom is None else repulsion.index_select(0, atom),
+            inverse_volume if inverse_volume is None or atom is None else inverse_volume.index_select(0, atom),
+        )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write ``<path>.safetensors`` and ``<path>.json``, each at once or not at all."""
         save_model(self, path)
 
+    def describe(self) -> dict[str, Any]:
+        """Configuration and metadata; `rebuild` makes the model again, but for its parameters."""
+        return {"config": self.config.to_dict(), "metadata": self.metadata}
+
+    def scriptable(self) -> torch.nn.Module:
+        """See `Backbone.scriptable` and `ScriptablePET`.
+
+        Raises
+        ------
+        DeclarationError
+            For a model that reads charges and multiplicities, which engines do not pass on.
+        """
+        if self.network.system_conditioning is not None:
+            raise DeclarationError(
+                "PET: cannot be exported: this model reads the charge and the spin multiplicity of each structure "
+                "(system_conditioning), for which the exported form has no inputs"
+            )
+        return ScriptablePET(self)
+
     def _species(self, batch: Data) -> Tensor:
         z = batch.get(keys.Z)
         if z is None:
             raise InvalidInputError("batch: expected a field 'z' with atomic numbers, got none")
-        z = z.to(torch.int64)
-        last = self.species_row.shape[0] - 1
-        row = torch.where((z < 0) | (z > last), torch.full_like(z, -1), self.species_row[z.clamp(0, last)])
+        row = species_rows(z, self.species_row)
         unknown = torch.nonzero(row < 0).view(-1)
         if unknown.shape[0]:
             atom = int(unknown[0])
@@ -177,6 +263,15 @@ class PET(Backbone):
                 f"{list(self.config.atomic_types)} that this model was built for, got {int(z[atom])}"
             )
         return row
+
+    def _inverse_volume(self, batch: Data) -> Tensor:
+        n_atoms = batch[keys.Z].shape[0]
+        cell = batch.get(keys.CELL)
+        if cell is None:
+            return torch.zeros(n_atoms, dtype=self.dtype, device=batch[keys.Z].device)
+        structure = batch.get(keys.BATCH)
+        values = inverse_volumes(cell.to(self.dtype))
+        return values.expand(n_atoms) if structure is None else values.index_select(0, structure)
 
     def _check_reverse(self, cache: dict[str, Tensor], reverse: Tensor) -> None:
         source, target = cache["source"], cache["target"]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 
 from .attention import attend
+from .conditioning import SystemConditioning
 from .config import PETConfig
 from .edges import (
     NEVER,
@@ -240,7 +241,7 @@ class PETNetwork(nn.Module):
         super().__init__()
         n_species, width, n_blocks = len(config.atomic_types), config.d_pet, config.num_gnn_layers
         self.residual = config.featurizer_type == "residual"
-        self.n_exchanges = config.receptive_field - 1
+        self.n_exchanges = config.n_exchanges
         self.gnn_layers = nn.ModuleList([Block(config, first=number == 0) for number in range(n_blocks)])
         self.combination_norms = nn.ModuleList()
         self.combination_mlps = nn.ModuleList()
@@ -253,6 +254,11 @@ class PETNetwork(nn.Module):
         n_readouts = n_blocks if self.residual else 1
         self.node_embedders = nn.ModuleList([nn.Embedding(n_species, config.d_node) for _ in range(n_readouts)])
         self.edge_embedder = nn.Embedding(n_species, width)
+        self.system_conditioning = (
+            SystemConditioning(config.d_node, config.max_charge, config.max_spin_multiplicity)
+            if config.system_conditioning
+            else None
+        )
         self.node_heads = nn.ModuleDict()
         self.edge_heads = nn.ModuleDict()
         self.node_last_layers = nn.ModuleDict()
@@ -277,8 +283,9 @@ class PETNetwork(nn.Module):
         target: Tensor,
         reverse: Tensor,
         center: Tensor,
+        condition: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Outputs of the atoms in ``center``.
+        """Readouts of the atoms in ``center``.
 
         Parameters
         ----------
@@ -294,6 +301,8 @@ class PETNetwork(nn.Module):
         reverse : Tensor of shape (n_edges,)
             Number of the reverse edge, -1 for none; not read where no messages are exchanged.
         center : Tensor of shape (n_atoms,), bool
+        condition : Tensor of shape (n_atoms, d_node), optional
+            Added to the features of the atoms behind every block.
 
         Returns
         -------
@@ -320,6 +329,8 @@ class PETNetwork(nn.Module):
                     logit_bias(edge_scalars, stage),
                     stage.places,
                 )
+                if condition is not None:
+                    node = node + select(condition, stage.atom, stage)
                 nodes.append(narrow_atoms(node, stage, last))
                 edges.append(narrow_edges(to_list(edge, stage.places), stage, last))
                 if number < self.n_exchanges:
@@ -344,6 +355,8 @@ class PETNetwork(nn.Module):
                     logit_bias(edge_scalars, stage),
                     stage.places,
                 )
+                if condition is not None:
+                    node = node + select(condition, stage.atom, stage)
                 received = receive(edge, stage, after, reverse)
                 sent = narrow_edges(to_list(edge, stage.places), stage, after)
                 node = narrow_atoms(node, stage, after)

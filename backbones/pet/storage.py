@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .model import PET
 
 FORMAT = "torch-symmetrize PET"
-VERSION = 1
+VERSION = 2
 
 #: Parameters of the network whose name in metatrain's ``PETBackend`` differs, as (pattern here, replacement there).
 #: All others have the same name. There the last layers hold one more level, the block of a tensor map.
@@ -68,12 +68,23 @@ def read_model(path: str | os.PathLike[str]) -> tuple[PETConfig, dict[str, Any],
     description = json.loads(names[0].read_text(encoding="utf-8"))
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise InvalidInputError(f"{names[0]}: expected the description of a {FORMAT!r} model")
-    if description.get("version") != VERSION:
-        raise InvalidInputError(f"{names[0]}: expected version {VERSION}, got {description.get('version')!r}")
+    version = description.get("version")
+    if not isinstance(version, int) or not 1 <= version <= VERSION:
+        newer = isinstance(version, int) and version > VERSION
+        raise InvalidInputError(
+            f"{names[0]}: expected version {VERSION} or an earlier one, got {version!r}"
+            + (": it was written by a newer torch-symmetrize" if newer else "")
+        )
     if description.get("dtype") not in ("float32", "float64"):
         raise DeclarationError(f"{names[0]}: dtype: expected float32 or float64, got {description.get('dtype')!r}")
     dtype = getattr(torch, description["dtype"])
-    return PETConfig.from_dict(description["config"]), description["metadata"], dtype, load_file(names[1])
+    config, tensors = PETConfig.from_dict(description["config"]), load_file(names[1])
+    if version < 2:
+        # Before there were other outputs than an energy and forces, all had one scale, and the energy a composition.
+        shape = len(config.atomic_types), sum(target.width for target in config.outputs)
+        tensors["factor"] = torch.ones(shape, dtype=torch.float64)
+        tensors["offset"] = torch.zeros(shape, dtype=torch.float64)
+    return config, description["metadata"], dtype, tensors
 
 
 def _stem(path: str | os.PathLike[str]) -> Path:

@@ -6,10 +6,11 @@ from typing import Any
 
 from symmetrize.backbone import Backbone
 from symmetrize.errors import DeclarationError, did_you_mean
+from symmetrize.representations import OutputSpec
 
 from .networks import ToyGlobal, ToyLocal
 
-__all__ = ["ToyGlobal", "ToyLocal", "load"]
+__all__ = ["ToyGlobal", "ToyLocal", "load", "rebuild"]
 
 _KINDS: dict[str, type[Backbone]] = {"local": ToyLocal, "global": ToyGlobal}
 
@@ -19,3 +20,10 @@ def load(kind: str = "local", **options: Any) -> Backbone:
     if kind not in _KINDS:
         raise DeclarationError(f"toy: unknown network {kind!r}; {did_you_mean(kind, _KINDS)}")
     return _KINDS[kind](**options)
+
+
+def rebuild(description: dict[str, Any]) -> Backbone:
+    """The network of a description, with the random weights of its seed."""
+    options = dict(description)
+    outputs = {name: OutputSpec(**fields) for name, fields in options.pop("outputs").items()}
+    return load(options.pop("kind"), outputs=outputs, **options)

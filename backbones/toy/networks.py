@@ -8,6 +8,8 @@ Everything is infinitely differentiable.
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,6 +69,12 @@ def _structures(batch: Data) -> tuple[Tensor, int]:
 class _Toy(Backbone):
     """Readout shared by both: linear maps of the features of atoms to any outputs."""
 
+    adapter = "toy"
+    options: dict[str, Any]
+
+    def describe(self) -> dict[str, Any]:
+        return {**self.options, "outputs": {name: asdict(spec) for name, spec in self.outputs.items()}}
+
     def _add_readout(self, random: _Random, width: int) -> None:
         self.readout = torch.nn.ParameterDict(
             {name: random.matrix(width, math.prod(spec.shape), width**-0.5) for name, spec in self.outputs.items()}
@@ -112,6 +120,7 @@ class ToyLocal(_Toy):
         if isinstance(n_hops, bool) or not isinstance(n_hops, int) or n_hops < 1:
             raise DeclarationError(f"n_hops: expected a positive integer, got {n_hops!r}")
         super().__init__(outputs=_energy() if outputs is None else outputs, cutoff=cutoff, receptive_field=n_hops)
+        self.options = {"kind": "local", "cutoff": cutoff, "n_hops": n_hops, "seed": seed, "width": width}
         random = _Random(seed)
         self.width = width
         # Half the cutoff is the typical length of an edge.
@@ -162,6 +171,7 @@ class ToyGlobal(_Toy):
         self, outputs: dict[str, OutputSpec] | None = None, seed: int = 0, width: int = 16, length: float = 1.5
     ) -> None:
         super().__init__(outputs=_energy() if outputs is None else outputs, cutoff=None, receptive_field=None)
+        self.options = {"kind": "global", "seed": seed, "width": width, "length": length}
         random = _Random(seed)
         self.width = width
         self.length = length

@@ -211,7 +211,7 @@ def _cloud(n: int, n_structures: int) -> Tensor:
 
 def symmetrized_metatomic(degree: int) -> tuple[Any, Network]:
     """``SymmetrizedModel.wrap`` of the network as a metatomic model, with ``max_angular_momentum_grid=degree``."""
-    from symmetrize.testing.subjects.metatomic import import_metatomic
+    from symmetrize.metatomic import import_metatomic
 
     metatomic = import_metatomic()
     from metatomic.torch.o3 import SymmetrizedModel

@@ -78,6 +78,10 @@ class _Interaction(Backbone):
         self.backbone = backbone
         self.shares_work = backbone.shares_work
 
+    @property
+    def oriented_field(self) -> int | None:
+        return self.backbone.oriented_field
+
     def forward(self, batch: Data) -> dict[str, Tensor]:
         return self.backbone(batch)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch_geometric.data import Data
@@ -39,6 +41,9 @@ class GroupAveraging(FrameMethod):
         if isinstance(degree, bool) or not isinstance(degree, int) or degree < 0:
             raise DeclarationError(f"GroupAveraging: degree: expected an integer of at least 0, got {degree!r}")
         self.degree = degree
+
+    def describe(self) -> dict[str, Any]:
+        return {"degree": self.degree}
 
     def elements(self, group: str) -> tuple[Tensor, Tensor]:
         """Orthogonal matrices (n, 3, 3) and weights (n,) of sum 1, float64."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,13 +14,15 @@ from symmetrize.backbone import Backbone
 from symmetrize.data import where
 from symmetrize.errors import DeclarationError, InvalidInputError, NoFrameError
 from symmetrize.frames import NEGLIGIBLE_WEIGHT, FrameMethod, FrameSet, Scope, Stratum
+from symmetrize.methods.ecse.candidates import (
+    around_atoms,
+    around_centroids,
+    axial_order,
+    collinear_square,
+    rigid_square,
+)
 from symmetrize.methods.ecse.strata import stratify
-from symmetrize.ops.ragged import offsets, segment_sum
-from symmetrize.ops.switches import smooth_cutoff, smooth_step
-
-#: Structure scope: an atom offers a direction fully from this distance to the centroid on, in units of the RMS
-#: distance. Well below 1, the ratio that some atom always reaches.
-CENTRAL = 0.35
+from symmetrize.ops.ragged import segment_sum
 
 
 class ECSE(FrameMethod):
@@ -80,6 +82,17 @@ class ECSE(FrameMethod):
         self.collinearity_width = float(collinearity_width)
         self.fallback = "auxiliary" if isinstance(fallback, Backbone) else fallback
 
+    def describe(self) -> dict[str, Any]:
+        return {
+            "cutoff_width": self.cutoff_width,
+            "collinearity_width": self.collinearity_width,
+            "fallback": self.fallback,
+        }
+
+    @classmethod
+    def rebuild(cls, description: dict[str, Any], auxiliary: Backbone | None) -> ECSE:
+        return cls(**(description if auxiliary is None else {**description, "fallback": auxiliary}))
+
     def frames(
         self, batch: Data, *, group: str, scope: Scope, l_max: int, generator: torch.Generator | None = None
     ) -> FrameSet:
@@ -96,7 +109,7 @@ class ECSE(FrameMethod):
             origins, vectors, ptr, available, reach = self._around_atoms(batch)
         else:
             origins, vectors, ptr, available, reach = self._around_centroids(batch)
-        order = max(8, l_max + 4 + l_max % 2)
+        order = axial_order(l_max)
         precision = torch.finfo(batch[keys.POS].dtype).eps
         rotations, weights, owner, stratum = stratify(
             vectors,
@@ -107,9 +120,8 @@ class ECSE(FrameMethod):
             sine_width=math.sqrt(self.collinearity_width),
             order=order,
             mirror=group == "O(3)",
-            collinear=(32.0 * precision) ** 2,
-            # What is neglected below it is O(sin^(n - l - 1)), rounding above it eps / sin: about equal here.
-            rigid_below=(0.1 * precision ** (1.0 / (order - l_max))) ** 2,
+            collinear=collinear_square(precision),
+            rigid_below=rigid_square(precision, order, l_max),
             threshold=2.0 * NEGLIGIBLE_WEIGHT,
         )
         mask = batch.get(keys.CENTER_MASK)
@@ -138,10 +150,7 @@ class ECSE(FrameMethod):
         center, mask = batch[keys.EDGE_INDEX][1], batch.get(keys.CENTER_MASK)
         if mask is not None:  # no work for atoms whose frames nobody wants
             center, vectors = center[mask[center]], vectors[mask[center]]
-        ptr = offsets(torch.bincount(center, minlength=pos.shape[0]))
-        vectors = vectors.to(torch.float64)
-        distance = torch.sqrt((vectors * vectors).sum(dim=1))
-        available = smooth_cutoff(distance, float(radius), self.cutoff_width)
+        vectors, ptr, available = around_atoms(vectors, center, pos.shape[0], float(radius), self.cutoff_width)
         return pos, vectors, ptr, available, available
 
     def _around_centroids(self, batch: Data) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -152,19 +161,7 @@ class ECSE(FrameMethod):
                 f"{int(periodic[0])} is periodic; use scope='atom', or set pbc to False for a molecule in a box"
             )
         pos, structure, ptr = batch[keys.POS], batch[keys.BATCH], batch[keys.PTR]
-        points = pos.to(torch.float64)
-        n_structures = ptr.shape[0] - 1
-        counts = (ptr[1:] - ptr[:-1]).to(points.dtype)
-        centroid = segment_sum(points, structure, n_structures) / counts[:, None]
-        vectors = points - centroid[structure]
-        square = (vectors * vectors).sum(dim=1)
-        mean = segment_sum(square, structure, n_structures) / counts
-        # An atom at the centroid has no direction. "At" is relative to the size, so that no structure of two or more
-        # atoms ends up without one.
-        ratio = square / torch.where(mean > 0.0, mean, torch.ones_like(mean))[structure]
-        zero = ratio == 0.0
-        ratio = torch.where(zero, torch.zeros_like(ratio), torch.sqrt(torch.where(zero, torch.ones_like(ratio), ratio)))
-        available = smooth_step(ratio / CENTRAL)
+        centroid, vectors, available = around_centroids(pos, structure, ptr)
         return centroid.to(pos.dtype), vectors, ptr, available, torch.ones_like(available)
 
     @staticmethod

@@ -180,7 +180,8 @@ def check_shared_work(bench: Bench, on: str) -> Outcome:
     turned = _ready(backbone, transform(batch, random_elements(1, bench.generator("shared"))[0]))
     with torch.no_grad():
         plain = backbone(copied(turned))
-        shared = backbone.forward_frames(backbone.prepare(copied(batch)), turned[keys.EDGE_VEC])
+        geometry = keys.POS if backbone.cutoff is None else keys.EDGE_VEC
+        shared = backbone.forward_frames(backbone.prepare(copied(batch)), turned[geometry])
     out = []
     for name in backbone.outputs:
         same = shared[name].shape == plain[name].shape

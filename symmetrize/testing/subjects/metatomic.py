@@ -1,9 +1,8 @@
 """Models in the metatomic format as subjects.
 
 An exported model is evaluated as an engine would, on batches: systems with the neighbor lists that it asks for, lengths
-in angstrom, and forces and stress from the derivative of its energy. What it returns says itself how it transforms:
-components ``xyz`` (or ``xyz_1``, ``xyz_2``, ...) are Cartesian, ``o3_mu`` with the keys ``o3_lambda`` and ``o3_sigma``
-spherical, nothing is invariant.
+in angstrom, and forces and stress from the derivative of its energy. What it returns says itself how it transforms (see
+`symmetrize.metatomic.tensor_maps`).
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import copy
 import os
 import warnings
 from collections.abc import Iterable, Mapping
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,31 +19,15 @@ from torch_geometric.data import Batch, Data
 
 from symmetrize import keys
 from symmetrize.data import from_ase, replace, validate
-from symmetrize.errors import DeclarationError, InvalidTypeError, MissingDependencyError, did_you_mean
+from symmetrize.errors import DeclarationError
+from symmetrize.metatomic.libraries import load_model
+from symmetrize.metatomic.systems import systems_of
+from symmetrize.metatomic.tensor_maps import UNITS, Part, parts_of, quantity, rows_of, wanted_outputs
 from symmetrize.representations import OutputSpec
 from symmetrize.testing.structures.geometries import crystal, random_cluster
 from symmetrize.testing.subjects.subject import CLAIMS, Subject
-from symmetrize.testing.subjects.tensor_maps import (
-    RENAMED,
-    Part,
-    input_map,
-    neighbor_blocks,
-    parts_of,
-    quantity,
-    rows_of,
-)
 
-_INSTALL = "pip install metatomic-torch"
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
-
-#: Units that are asked for; other outputs come in their own.
-_UNITS = {
-    "energy": "eV",
-    "energy_ensemble": "eV",
-    "energy_uncertainty": "eV",
-    "non_conservative_force": "eV/Angstrom",
-    "non_conservative_stress": "eV/Angstrom^3",
-}
 
 
 def of_metatomic(
@@ -86,7 +68,7 @@ def of_metatomic(
     DeclarationError
         Unknown output, one whose representation cannot be recognised, or an input that cannot be provided.
     """
-    loaded = _load(model, extensions_directory).to(device)
+    loaded = load_model(model, extensions_directory).to(device)
     capabilities = loaded.capabilities()
     if capabilities.dtype not in _DTYPES:
         raise DeclarationError(f"model: expected float32 or float64 in its capabilities, got {capabilities.dtype!r}")
@@ -102,7 +84,7 @@ def of_metatomic(
         dtype=_DTYPES[capabilities.dtype],
     )
     settings = {**found, **options}
-    wanted = _wanted(capabilities.outputs, outputs)
+    wanted = wanted_outputs(capabilities.outputs, outputs)
     energy = next((one for one in wanted if one.split("/")[0] == "energy"), None)
     f = MetatomicModel(loaded, wanted, energy, device)
     f.recognize(_probe(settings, types), strict=outputs is not None)
@@ -221,6 +203,7 @@ class MetatomicModel:
             if not periodic and quantity(part.source) == "non_conservative_stress":
                 continue
             rows, per_atom = rows_of(part, tensors[part.source], ptr)
+            rows = rows.detach().cpu()
             if per_atom and part.spec.reduce is not None:
                 total = torch.zeros(len(ptr) - 1, *rows.shape[1:], dtype=rows.dtype).index_add(0, structure, rows)
                 out[name], name = total, f"atomic_{name}"
@@ -246,7 +229,7 @@ class MetatomicModel:
         from metatomic.torch import ModelOutput
 
         declared = self.model.capabilities().outputs[name]
-        unit = _UNITS.get(quantity(name), declared.unit) if declared.unit else ""
+        unit = UNITS.get(quantity(name), declared.unit) if declared.unit else ""
         return ModelOutput(unit=unit, sample_kind=declared.sample_kind)
 
     def _evaluate(self, batch: Batch) -> tuple[dict[str, Any], Tensor, Tensor]:
@@ -260,64 +243,11 @@ class MetatomicModel:
         with torch.enable_grad():
             deformation = torch.eye(3, dtype=pos.dtype, device=pos.device) + 0.5 * (strain + strain.transpose(1, 2))
             moved = torch.einsum("na,nab->nb", pos, deformation[batch[keys.BATCH].to(pos.device)])
-            systems = self._systems(batch, moved, cell @ deformation)
+            systems = systems_of(batch, self.model, moved, cell @ deformation)
             options = ModelEvaluationOptions(
                 length_unit="angstrom", outputs={name: self._output(name) for name in self.names}, selected_atoms=None
             )
             return self.model(systems, options, check_consistency=False), pos, strain
-
-    def _systems(self, batch: Batch, pos: Tensor, cell: Tensor) -> list[Any]:
-        from metatomic.torch import System, register_autograd_neighbors
-
-        if batch.get(keys.Z) is None:
-            raise DeclarationError("batch: expected species in 'z', a metatomic model needs them")
-        types, pbc = batch[keys.Z].to(pos.device, torch.int32), batch[keys.PBC].to(pos.device)
-        ptr = batch[keys.PTR].tolist()
-        systems = [System(types[a:b], pos[a:b], cell[s], pbc[s]) for s, (a, b) in enumerate(pairwise(ptr))]
-        for request in self.model.requested_neighbor_lists():
-            blocks = neighbor_blocks(batch, request.engine_cutoff("angstrom"), request.full_list, pos)
-            for system, block in zip(systems, blocks, strict=True):
-                register_autograd_neighbors(system, block, check_consistency=False)
-                system.add_neighbor_list(request, block)
-        for name, request in self.model.requested_inputs(True).items():
-            for s, system in enumerate(systems):
-                system.add_data(name, input_map(name, request.sample_kind, batch, s, pos))
-        return systems
-
-
-def import_metatomic() -> Any:
-    """The module ``metatomic.torch``.
-
-    The first import compiles functions that call ``torch.index_select``, which recent versions of torch_geometric
-    replace by one that TorchScript refuses: in the meantime, torch has its own again.
-
-    Raises
-    ------
-    MissingDependencyError
-        It is not installed.
-    """
-    replaced = {name: getattr(torch, name) for name in ("index_select", "select")}
-    for name in replaced:
-        setattr(torch, name, getattr(torch._C._VariableFunctions, name))
-    try:
-        import metatomic.torch
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError(f"metatomic models need: {_INSTALL}") from error
-    finally:
-        for name, function in replaced.items():
-            setattr(torch, name, function)
-    return metatomic.torch
-
-
-def _load(model: Any, extensions_directory: str | os.PathLike[str] | None) -> Any:
-    metatomic = import_metatomic()
-    if isinstance(model, (str, os.PathLike)):
-        directory = None if extensions_directory is None else os.fspath(extensions_directory)
-        return metatomic.load_atomistic_model(os.fspath(model), extensions_directory=directory)
-    if not isinstance(model, torch.nn.Module) or not callable(getattr(model, "requested_neighbor_lists", None)):
-        raise InvalidTypeError(f"model: expected a path or an AtomisticModel, got {type(model).__name__}")
-    # The caller's is left where it is.
-    return copy.deepcopy(model)
 
 
 def _reach(model: Any) -> float | None:
@@ -325,23 +255,6 @@ def _reach(model: Any) -> float | None:
     far = float(model.capabilities().engine_interaction_range("angstrom"))
     radius = max(radii, default=far)
     return radius if 0.0 < radius < float("inf") else None
-
-
-def _wanted(known: Mapping[str, Any], asked: Iterable[str] | None) -> list[str]:
-    if asked is not None:
-        listed = [asked] if isinstance(asked, str) else list(asked)
-        for name in listed:
-            if name not in known:
-                raise DeclarationError(f"outputs: unknown output {name!r}, {did_you_mean(name, known)}")
-        return listed
-    out = []
-    for name in known:
-        base, _, variant = name.partition("/")
-        renamed = base in RENAMED and name.replace(base, RENAMED[base], 1) in known
-        if renamed or (variant and base in known) or quantity(name) == "feature" or name.startswith("mtt::aux::"):
-            continue
-        out.append(name)
-    return out
 
 
 def _probe(settings: Mapping[str, Any], types: tuple[int, ...]) -> Batch:

@@ -1,20 +1,20 @@
-"""Between batches and metatensor blocks: outputs in their declared representation, neighbor lists, further inputs."""
+"""Outputs of metatomic models: what each block declares about how it transforms, and its rows in that representation.
+
+Components ``xyz`` (or ``xyz_1``, ``xyz_2``, ...) are Cartesian, ``o3_mu`` with the keys ``o3_lambda`` and ``o3_sigma``
+spherical, nothing is invariant.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch_geometric.data import Batch
 
-from symmetrize import keys
-from symmetrize.data import edge_vectors, replace
-from symmetrize.errors import DeclarationError
-from symmetrize.ops.neighbors import neighbor_list
+from symmetrize.errors import DeclarationError, did_you_mean
 from symmetrize.ops.wigner import wigner
 from symmetrize.representations import OutputSpec
 
@@ -27,6 +27,15 @@ RENAMED = {
     "masses": "mass",
     "velocities": "velocity",
     "charges": "charge",
+}
+
+#: Units that are asked for; other outputs come in their own.
+UNITS = {
+    "energy": "eV",
+    "energy_ensemble": "eV",
+    "energy_uncertainty": "eV",
+    "non_conservative_force": "eV/Angstrom",
+    "non_conservative_stress": "eV/Angstrom^3",
 }
 
 
@@ -113,7 +122,11 @@ def parts_of(name: str, tensor: Any, unit: str) -> dict[str, Part]:
 
 
 def rows_of(part: Part, tensor: Any, ptr: Tensor) -> tuple[Tensor, bool]:
-    """Rows of the structures or of the atoms (zero where the block has none), and whether of the atoms."""
+    """Rows of the structures or of the atoms (zero where the block has none), and whether of the atoms.
+
+    Differentiable, on the device of the block; ``ptr``, of shape (n_structures + 1,), holds the first atom of each
+    structure.
+    """
     names = list(tensor.keys.names)
     block = None
     for key, candidate in tensor.items():
@@ -123,12 +136,13 @@ def rows_of(part: Part, tensor: Any, ptr: Tensor) -> tuple[Tensor, bool]:
         # Such as a block for a species that is not there.
         per_atom = part.spec.per == "atom"
         n = int(ptr[-1]) if per_atom else len(ptr) - 1
-        return torch.zeros(n, *part.spec.shape, dtype=torch.float64), per_atom
+        dtype = tensor.block(0).values.dtype if len(tensor) else torch.float64
+        return torch.zeros(n, *part.spec.shape, dtype=dtype, device=ptr.device), per_atom
     per_atom = "atom" in block.samples.names
-    index = block.samples.column("system").cpu().to(torch.int64)
+    values = block.values
+    index = block.samples.column("system").to(values.device, torch.int64)
     if per_atom:
-        index = ptr[index] + block.samples.column("atom").cpu().to(torch.int64)
-    values = block.values.detach().cpu()
+        index = ptr.to(values.device)[index] + block.samples.column("atom").to(values.device, torch.int64)
     if part.column is not None:
         values = values[..., part.column]
     else:
@@ -137,7 +151,7 @@ def rows_of(part: Part, tensor: Any, ptr: Tensor) -> tuple[Tensor, bool]:
             values = values @ to_e3nn(part.degree).to(values)
     values = values.reshape(len(index), *part.spec.shape)
     n = int(ptr[-1]) if per_atom else len(ptr) - 1
-    return torch.zeros(n, *part.spec.shape, dtype=values.dtype).index_add(0, index, values), per_atom
+    return values.new_zeros(n, *part.spec.shape).index_add(0, index, values), per_atom
 
 
 @lru_cache(maxsize=16)
@@ -151,61 +165,25 @@ def to_e3nn(l: int) -> Tensor:
     return wigner(l, turn)[0]
 
 
-def neighbor_blocks(batch: Batch, cutoff: float, full: bool, like: Tensor) -> list[Any]:
-    """Neighbor lists of all structures as metatensor blocks: each pair in both directions, or once."""
-    from metatensor.torch import Labels, TensorBlock
+def wanted_outputs(known: Mapping[str, Any], asked: Iterable[str] | None) -> list[str]:
+    """Outputs that are evaluated: those asked for, or all but auxiliary ones and variants of others that are there.
 
-    edges, shift = neighbor_list(batch[keys.POS], batch[keys.PTR], batch[keys.CELL], batch[keys.PBC], cutoff)
-    listed = replace(batch, **{keys.EDGE_INDEX: edges, keys.CELL_SHIFT: shift})
-    vectors = edge_vectors(listed).detach()
-    second, first = edges
-    keep = torch.ones_like(first, dtype=torch.bool)
-    if not full:
-        # Of an atom and its own image, the one whose first nonzero translation is positive.
-        sign = torch.sign(shift.to(torch.int64)) @ shift.new_tensor([9, 3, 1], dtype=torch.int64)
-        keep = (first < second) | ((first == second) & (sign > 0))
+    Raises
+    ------
+    DeclarationError
+        Unknown output.
+    """
+    if asked is not None:
+        listed = [asked] if isinstance(asked, str) else list(asked)
+        for name in listed:
+            if name not in known:
+                raise DeclarationError(f"outputs: unknown output {name!r}, {did_you_mean(name, known)}")
+        return listed
     out = []
-    owner = batch[keys.BATCH][first]
-    for s, start in enumerate(batch[keys.PTR][:-1].tolist()):
-        mine = ((owner == s) & keep).nonzero()[:, 0]
-        samples = torch.cat([(first[mine] - start)[:, None], (second[mine] - start)[:, None], shift[mine]], dim=1)
-        names = ["first_atom", "second_atom", "cell_shift_a", "cell_shift_b", "cell_shift_c"]
-        block = TensorBlock(
-            values=vectors[mine, :, None].to(like.device),
-            samples=Labels(names, samples.to(like.device, torch.int32)),
-            components=[Labels(["xyz"], torch.arange(3, dtype=torch.int32, device=like.device)[:, None])],
-            properties=Labels(["distance"], torch.zeros(1, 1, dtype=torch.int32, device=like.device)),
-        )
-        out.append(block)
+    for name in known:
+        base, _, variant = name.partition("/")
+        renamed = base in RENAMED and name.replace(base, RENAMED[base], 1) in known
+        if renamed or (variant and base in known) or quantity(name) == "feature" or name.startswith("mtt::aux::"):
+            continue
+        out.append(name)
     return out
-
-
-def input_map(name: str, sample_kind: str, batch: Batch, structure: int, like: Tensor) -> Any:
-    """A further input of one structure: masses, velocities and momenta from the batch, charge 0, multiplicity 1."""
-    from ase.data import atomic_masses
-    from metatensor.torch import Labels, TensorBlock, TensorMap
-
-    first, last = batch[keys.PTR][structure : structure + 2].tolist()
-    n = last - first
-    vector = name in ("velocity", "momentum")
-    if sample_kind == "atom" and vector:
-        values = batch[name][first:last]
-    elif sample_kind == "atom" and name == "mass":
-        values = torch.as_tensor(atomic_masses)[batch[keys.Z][first:last].cpu()]
-    elif sample_kind == "atom" and name == "charge":
-        values = torch.zeros(n)
-    elif sample_kind == "system" and name in ("charge", "spin_multiplicity"):
-        values = torch.full((1,), float(name == "spin_multiplicity"))
-    else:
-        raise DeclarationError(f"model: it needs {name!r} per {sample_kind}, which cannot be provided")
-    device = like.device
-    rows = torch.zeros(len(values), 1) if sample_kind == "system" else torch.stack([torch.zeros(n), torch.arange(n)], 1)
-    labels = ["system"] if sample_kind == "system" else ["system", "atom"]
-    xyz = Labels(["xyz"], torch.arange(3, dtype=torch.int32, device=device)[:, None])
-    block = TensorBlock(
-        values=values.to(like)[..., None],
-        samples=Labels(labels, rows.to(device, torch.int32)),
-        components=[xyz] if vector else [],
-        properties=Labels([name], torch.zeros(1, 1, dtype=torch.int32, device=device)),
-    )
-    return TensorMap(Labels(["_"], torch.zeros(1, 1, dtype=torch.int32, device=device)), [block])
