@@ -18,7 +18,6 @@ import click
 import torch
 from safetensors.torch import load_file, save_file
 from symmetrize.backbones.pointcloud import (
-    Anchored,
     PointTransformer,
     load_dgcnn,
     load_point_transformer,
@@ -30,7 +29,7 @@ from tqdm import tqdm
 
 from benchmarks.meshes import Mesh, batched, load, sample
 from benchmarks.record import Column, Result, digits, fixed
-from symmetrize import ECSE, Symmetrizer
+from symmetrize import ECSE, Anchored, Symmetrizer
 from symmetrize.backbone import Backbone
 from symmetrize.data import replace, validate
 from symmetrize.files import write_text
@@ -187,9 +186,9 @@ class Study:
                 Column("ratio", "symmetrized / bare", fixed(2)),
             ),
             notes=[
-                "The most expensive part of Point Transformer at 10,000 points, samples and neighbors in space, is found "
-                "once for all frames. DGCNN searches neighbors between features in every frame. Best of five (1024 "
-                "points) and of two."
+                "The most expensive part of Point Transformer at 10,000 points, samples and neighbors in space, is "
+                "found once for all frames. DGCNN searches neighbors between features in every frame. Best of five "
+                "(1024 points) and of two."
             ],
         )
 
@@ -375,8 +374,8 @@ _HONEST = [
     "40 classes, chance 2.5 %. One mesh per class: training (clouds of 256 points) and test differ in the sampled "
     "points (120 fresh clouds), not in the mesh, so that these are accuracies of recognizing known shapes. Intervals: "
     "bootstrap over meshes.",
-    "Two of the meshes (3d_wedge, 3d_pyramid_4_asym) are one shape in two poses: no answer that does not depend on the "
-    "pose can tell them apart.",
+    "Two of the meshes (3d_wedge, 3d_pyramid_4_asym) are, within 1 % of their lengths, one shape in two poses: an "
+    "answer that does not depend on the pose can hardly tell them apart.",
     "Symmetrization makes the answer independent of the pose, whatever it is. It cannot make poses familiar: a network "
     "that was trained upright only sees frames that it has not been shown.",
 ]

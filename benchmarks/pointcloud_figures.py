@@ -43,7 +43,7 @@ def main(data: Path, run: Path, output: Path) -> None:
     degrees = torch.linspace(0.0, 180.0, 10, dtype=torch.float64)
     poses = [turned(batch, about_random_axes(len(study.meshes), angle)) for angle in torch.deg2rad(degrees).tolist()]
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "symmetrize", "font.size": 10}):
-        figure = Figure(figsize=(9.6, 3.5), layout="constrained")
+        figure = Figure(figsize=(9.6, 4.2), layout="constrained")
         left, right = figure.subplots(1, 2)
         cases = (
             ("upright", "trained upright", ORANGE),
@@ -84,7 +84,7 @@ def _clean(axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#d0d8e0", linewidth=0.6)
     axes.set_xticks([0, 45, 90, 135, 180])
-    axes.legend(frameon=False, fontsize=7.5)
+    axes.legend(frameon=False, fontsize=7.5, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.2))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 Programs that integrate on a grid prefer directions: here EMT, plus a small energy that depends on how pairs lie in the
 laboratory. Averaged over frames the energy is invariant, and since forces derive from it, angular momentum is kept.
-
 Run: python examples/ase_blackbox.py
 """
 
@@ -83,7 +82,7 @@ def main() -> None:
     backbone = ASEBackbone(OnGrid())
     models = {"bare": Symmetrizer(backbone, Identity()), "O(3)": Symmetrizer(backbone, ECSE())}
     angles = np.linspace(0, 180, 9 if options.small else 61)
-    n_steps, step = (40, 4.0) if options.small else (500, 4.0)
+    n_steps, step = 40 if options.small else 500, 4.0
     angular = {name: energies_by_angle(model, cluster, angles) for name, model in models.items()}
     moving = {name: dynamics(model, cluster, n_steps, step) for name, model in models.items()}
 
@@ -102,13 +101,13 @@ def main() -> None:
 def draw(folder: Path, angles: np.ndarray, angular: dict, moving: dict) -> None:
     import matplotlib.pyplot as plt
 
-    names = {"bare": "calculator", "O(3)": "symmetrised"}
     plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left"})
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     for name, values in angular.items():
+        label = {"bare": "calculator", "O(3)": "symmetrised"}[name]
         curves = (angles, 1000 * np.abs(values - values[0])), (moving[name]["time"], moving[name]["angular momentum"])
         for axis, (x, y) in zip(axes, curves, strict=True):
-            axis.semilogy(x[1:], np.maximum(y[1:], 1e-15), color=COLORS[name], label=names[name])
+            axis.semilogy(x[1:], np.maximum(y[1:], 1e-14), color=COLORS[name], label=label)
     axes[0].set(title="The cluster turned", xlabel="angle (degrees)", ylabel="change of the energy (meV)")
     axes[1].set(title="Free dynamics", xlabel="time (ps)", ylabel="change of angular momentum (ħ)")
     axes[0].legend(frameon=False)

@@ -2,7 +2,6 @@
 
 Two random ones (convolutions with attention and with perceptrons), wrapped as they are, and the trained reference
 network of this package with its accuracy, which averaging over frames (ECSE) leaves as it is.
-
 Run: python examples/plain_gnn.py
 """
 
@@ -80,12 +79,12 @@ def main() -> None:
     }
     test = trained.metadata["training"]["test_structures"][: 5 if options.small else 100]
     frames = [ase.io.read(DATA, index) for index in test]
-    as_given = torch.eye(3, dtype=torch.float64).expand(len(frames), 3, 3)
+    unturned = torch.eye(3, dtype=torch.float64).expand(len(frames), 3, 3)
     random = random_rotations(len(frames), torch.Generator().manual_seed(0))
     print(f"{len(frames)} test frames of ethanol: root mean square errors, energy (meV) and forces (meV/angstrom)")
     for label, method in {"bare": Identity(), "ECSE": ECSE()}.items():
         model = Symmetrizer(trained, method, scope="structure")
-        given, turned = errors(model, frames, as_given), errors(model, frames, random)
+        given, turned = errors(model, frames, unturned), errors(model, frames, random)
         print(f"{label:6} as given {given[0]:8.4f} {given[1]:9.4f}    turned {turned[0]:8.4f} {turned[1]:9.4f}")
 
     # Changes alone matter from here on: energies of the composition would hide them behind their rounding.
@@ -111,7 +110,7 @@ def draw(folder: Path, angles: np.ndarray, curves: dict) -> None:
         axis.semilogy(angles[1:], np.maximum(values[1:], 1e-16), color=COLORS[method], label=label)
         axis.set(title=name, xlabel="angle (degrees)", xticks=[0, 60, 120, 180])
     axes[0].set(ylabel="change of the energy (eV)", ylim=(3e-17, 10))
-    axes[1].legend(frameon=False, loc="center right")
+    axes[1].legend(frameon=False)
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / "figure.png", dpi=150)
     print(f"figure: {folder / 'figure.png'}")

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import matplotlib
 import torch
-from symmetrize.backbones.pointcloud import Anchored, load_pointnet
+from symmetrize.backbones.pointcloud import load_pointnet
 
-from symmetrize import ECSE, Symmetrizer, from_points
+from symmetrize import ECSE, Anchored, Symmetrizer, from_points
 from symmetrize.data import validate
 from symmetrize.ops.rotations import about_axis
 

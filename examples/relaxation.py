@@ -70,7 +70,7 @@ def draw(spreads: dict[str, np.ndarray], wave_numbers: np.ndarray, path: Path) -
     axes.set_title("Vibrations of ethanol in different orientations", loc="left")
     axes.grid(color="#dde4ea")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    figure.legend(frameon=False, ncols=2, loc="outside lower center")
     figure.savefig(path)
 
 

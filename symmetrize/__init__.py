@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         UnknownSpeciesError,
     )
     from symmetrize.frames import FrameMethod, FrameSet
+    from symmetrize.methods.anchored import Anchored
     from symmetrize.methods.ecse import ECSE
     from symmetrize.methods.group_averaging import GroupAveraging
     from symmetrize.methods.identity import Identity
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "Anchored": "symmetrize.methods.anchored",
     "ECSE": "symmetrize.methods.ecse",
     "Backbone": "symmetrize.backbone",
     "BackboneOutputError": "symmetrize.errors",
@@ -62,6 +64,7 @@ _HOME = {
 
 __all__ = [
     "ECSE",
+    "Anchored",
     "Backbone",
     "BackboneOutputError",
     "DeclarationError",

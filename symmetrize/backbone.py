@@ -132,6 +132,7 @@ class Backbone(torch.nn.Module, ABC):
         cache : dict of str to Tensor
             What `prepare` returned.
         edge_vec : Tensor of shape (n_copied_edges, 3)
+            Where ``cutoff`` is None, the rotated positions of the copied atoms instead, (n_copied_atoms, 3).
         copies : Copies, optional
             None stands for one unrotated copy of every structure: ``forward_frames(prepare(batch), edge_vec)`` equals
             ``forward(batch)``.
@@ -175,7 +176,7 @@ class Backbone(torch.nn.Module, ABC):
             The outputs of `forward`, row for row. ``pos`` (n_atoms, 3); ``z``, ``structure`` (n_atoms,), int64;
             ``n_structures`` an int; ``edge_index`` (2, n_edges), int64, sorted by center; ``cell_shift`` (n_edges, 3),
             int64; ``edge_vec`` (n_edges, 3), to be read instead of differences of positions; ``center`` (n_atoms,),
-            bool.
+            bool. A last argument ``cell: Optional[Tensor] = None``, (n_structures, 3, 3), is passed where there is one.
         ``baseline(z) -> Dict[str, Tensor]``
             That of `baseline` for atoms of these species: per atom, float64; empty where there is none.
 

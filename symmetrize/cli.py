@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import shlex
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ def _friendly(command: Callable[..., None], status: int = 1) -> Callable[..., No
     @functools.wraps(command)
     def wrapper(*args: Any, **options: Any) -> None:
         try:
-            command(*args, **options)
+            with warnings.catch_warnings():
+                warnings.showwarning = _show_warning
+                command(*args, **options)
         except ModuleNotFoundError as error:
             extras = {"lightning": "train", "matplotlib": "report", "jinja2": "report", "metatomic": "metatomic"}
             extra = extras.get(str(error.name).partition(".")[0])
@@ -34,6 +37,10 @@ def _friendly(command: Callable[..., None], status: int = 1) -> Callable[..., No
             raise _failure(str(error), status) from error
 
     return wrapper
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **options: Any) -> None:
+    click.echo(f"Warning: {message}" if category is UserWarning else f"{category.__name__}: {message}", err=True)
 
 
 class _CannotRun(click.ClickException):
@@ -332,6 +339,7 @@ def list_() -> None:
         f"  {'ECSE':<16} exact, smooth, deterministic; about 2 evaluations per atom or molecule, 4 with inversion"
     )
     click.echo(f"  {'GroupAveraging':<16} fixed orientations, exact up to a degree: 24 evaluations for degree 3")
+    click.echo(f"  {'Anchored':<16} ECSE from a few points of a large cloud: exact, not smooth")
     click.echo(f"  {'Identity':<16} the bare backbone")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from symmetrize.backbone import Backbone
 from symmetrize.errors import DeclarationError, InvalidInputError, InvalidTypeError, did_you_mean
 from symmetrize.files import replacing
 from symmetrize.frames import FrameMethod
-from symmetrize.methods import METHODS
+from symmetrize.methods import METHODS, find_method
 from symmetrize.registry import rebuild_backbone
 from symmetrize.symmetrizer import Symmetrizer
 
@@ -215,8 +214,7 @@ def _make_method(saved: dict[str, Any], folder: Any) -> FrameMethod:
     if name not in METHODS:
         raise InvalidInputError(f"{folder}: unknown method {name!r}, {did_you_mean(str(name), METHODS)}")
     auxiliary = None if saved["auxiliary"] is None else _make_backbone(saved["auxiliary"], folder)
-    kind: type[FrameMethod] = getattr(importlib.import_module(METHODS[name]), name)
-    return kind.rebuild(saved["description"], auxiliary)
+    return find_method(name).rebuild(saved["description"], auxiliary)
 
 
 def _fill(model: Symmetrizer, tensors: dict[str, Tensor], folder: Any) -> None:

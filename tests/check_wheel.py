@@ -16,9 +16,8 @@ def main(wheel: str) -> None:
     expected |= {
         f"symmetrize/backbones/{p.relative_to(root / 'backbones')}" for p in (root / "backbones").rglob("*.py")
     }
-    for folder, target in (("backbones/pet/weights", "symmetrize/backbones/pet/weights"), ("symmetrize/demo/data", "")):
-        for p in (root / folder).iterdir():
-            expected.add(f"{target or folder}/{p.name}")
+    expected |= {f"symmetrize/{p.relative_to(root)}" for p in (root / "backbones").glob("*/weights/*")}
+    expected |= {str(p.relative_to(root)) for p in (root / "symmetrize/demo/data").iterdir()}
     for pattern in ("report/templates/*.html", "report/*.json"):
         expected |= {f"symmetrize/{p.relative_to(root / 'symmetrize')}" for p in (root / "symmetrize").glob(pattern)}
     missing = sorted(expected - set(names))

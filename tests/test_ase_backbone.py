@@ -5,6 +5,7 @@ from typing import Dict, List, Optional  # noqa: UP035 (TorchScript reads these)
 import numpy as np
 import pytest
 import torch
+from adapters import require_adapter
 from ase import Atoms
 from ase.build import bulk, fcc111, molecule
 from ase.calculators.calculator import Calculator, all_changes
@@ -23,6 +24,7 @@ from symmetrize.methods.group_averaging import GroupAveraging
 from symmetrize.methods.identity import Identity
 from symmetrize.ops.rotations import random_rotations
 from symmetrize.ops.switches import smooth_cutoff
+from symmetrize.registry import load_backbone
 from symmetrize.testing import tolerance
 
 EPS = torch.finfo(torch.float64).eps
@@ -391,6 +393,12 @@ def test_free_energy_is_what_forces_derive_from():
     smeared.implemented_properties = ["energy", "free_energy", "forces"]
     out = Symmetrizer(ASEBackbone(smeared, energy="free_energy"), Identity())(from_ase(molecules()[1:2]), forces=True)
     assert float(out["energy"]) == 0.5
+
+
+def test_adapter_is_found_by_name():
+    require_adapter("ase")
+    backbone = load_backbone("ase", EMT(), properties=["energy", "forces"])
+    assert backbone.adapter == "ase" and sorted(backbone.outputs) == ["energy", "non_conservative_forces"]
 
 
 def test_xtb():

@@ -3,12 +3,11 @@
 import pytest
 import torch
 from symmetrize.backbones.pointcloud import (
-    Anchored,
     load_point_transformer,
     rebuild_point_transformer,
 )
 
-from symmetrize import ECSE, Symmetrizer, from_points
+from symmetrize import ECSE, Anchored, Symmetrizer, from_points
 from symmetrize.data import validate
 from symmetrize.errors import DeclarationError, InvalidInputError
 from symmetrize.ops.rotations import random_rotations

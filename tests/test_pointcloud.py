@@ -8,26 +8,23 @@ import torch
 from symmetrize.backbones.pointcloud import (
     DGCNN,
     MODELNET40,
-    Anchored,
     PointNet,
     PointTransformer,
-    anchor_points,
-    farthest_points,
     load_dgcnn,
     load_point_transformer,
     load_pointnet,
-    nearest_neighbors,
     rebuild_dgcnn,
     rebuild_pointnet,
 )
 from symmetrize.backbones.pointcloud.dgcnn import ROOM
 from symmetrize.backbones.pointcloud.weights import SHIPPED
 
-from symmetrize import ECSE, Symmetrizer, from_points
+from symmetrize import ECSE, Anchored, Symmetrizer, from_points
 from symmetrize.copies import copy_structures, edge_offsets
 from symmetrize.data import validate
 from symmetrize.errors import DeclarationError, InvalidInputError, NoFrameError
 from symmetrize.ops.rotations import octahedral_group, random_rotations
+from symmetrize.ops.sampling import anchor_points, farthest_points, nearest_neighbors
 from symmetrize.registry import load_backbone, rebuild_backbone
 
 F64 = torch.float64
@@ -292,7 +289,7 @@ def test_anchors_turn_with_the_cloud(name):
 
 @pytest.mark.parametrize("limit", [1 << 22, 500])
 def test_nearest_neighbors_are_the_nearest_and_ties_are_kept(monkeypatch, limit):
-    import symmetrize.backbones.pointcloud.sampling as sampling
+    import symmetrize.ops.sampling as sampling
 
     monkeypatch.setattr(sampling, "N_DISTANCES", limit)
     clouds = [random_cloud(70, 1), lattice(3), random_cloud(3, 2)]

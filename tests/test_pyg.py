@@ -9,6 +9,7 @@ import ase.io
 import numpy as np
 import pytest
 import torch
+from adapters import require_adapter
 from ase import Atoms
 from ase.build import bulk, molecule
 from hypothesis import given, settings
@@ -39,6 +40,7 @@ from symmetrize.errors import (
 )
 from symmetrize.methods.identity import Identity
 from symmetrize.ops.rotations import random_rotations
+from symmetrize.registry import load_backbone, rebuild_backbone
 from symmetrize.testing import assert_smooth, check_backbone, tolerance
 from symmetrize.wrapping.probes import probe_backbone
 
@@ -449,6 +451,17 @@ def test_shipped_model_is_as_accurate_as_it_says():
     for name, value in bare.items():
         assert abs(value - stated[name]) < 0.01 * stated[name]
     assert bare["forces_mae"] < 0.2 * float(forces.abs().mean())
+
+
+@pytest.mark.parametrize("name, options", [("gnn", {}), ("schnet", {"hidden_channels": 16})])
+def test_adapters_are_found_by_name(name, options):
+    require_adapter(name)
+    model = load_backbone(name, **options)
+    assert model.adapter == name
+    twin = rebuild_backbone(name, json.loads(json.dumps(model.describe()))).to(model.dtype)
+    twin.load_state_dict(model.state_dict())
+    batch = from_ase(molecule("CH3CH2OH"), cutoff=model.cutoff, dtype=model.dtype)
+    assert torch.equal(twin(batch)["energy"], model(batch)["energy"])
 
 
 # --- SchNet ---------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import pytest
 import torch
 from symmetrize.backbones.toy import ToyGlobal, ToyLocal
 
-from symmetrize import ECSE, GroupAveraging, Identity, OutputSpec, Symmetrizer, from_points, load, save
+from symmetrize import ECSE, Anchored, GroupAveraging, Identity, OutputSpec, Symmetrizer, from_points, load, save
 from symmetrize.errors import DeclarationError, InvalidInputError, InvalidTypeError
 from symmetrize.storage import UPGRADES, VERSION, is_saved_model, read_metadata
 
@@ -26,6 +26,7 @@ OUTPUTS = {
 MODELS = {
     "local": lambda: Symmetrizer(ToyLocal(OUTPUTS, n_hops=2, seed=3), ECSE(cutoff_width=0.3), "SO(3)", "atom"),
     "global": lambda: Symmetrizer(ToyGlobal(OUTPUTS, length=1.2), GroupAveraging(2), chunk_size=64),
+    "anchored": lambda: Symmetrizer(ToyGlobal(OUTPUTS), Anchored(ECSE(cutoff_width=0.02), n_anchors=5)),
     "bare": lambda: Symmetrizer(ToyLocal(OUTPUTS), Identity()),
     "auxiliary": lambda: Symmetrizer(ToyLocal(OUTPUTS), ECSE(fallback=ToyLocal(OUTPUTS, seed=9)), scope="structure"),
 }

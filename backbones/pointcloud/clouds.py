@@ -13,8 +13,7 @@ from symmetrize import keys
 from symmetrize.backbone import Copies
 from symmetrize.errors import DeclarationError, InvalidInputError
 from symmetrize.ops.ragged import gather_rows, offsets
-
-from .sampling import farthest_points, nearest_neighbors, sample_counts, structure_sizes
+from symmetrize.ops.sampling import farthest_points, nearest_neighbors, sample_counts, structure_sizes
 
 
 class Clouds(NamedTuple):

@@ -15,11 +15,11 @@ from symmetrize import keys
 from symmetrize.backbone import Backbone, Copies
 from symmetrize.errors import DeclarationError, InvalidInputError, did_you_mean
 from symmetrize.ops.ragged import offsets
+from symmetrize.ops.sampling import centered, nearest_neighbors, structure_sizes
 from symmetrize.representations import OutputSpec
 
 from .clouds import Clouds, build_levels, check_positive, clouds_of, dense, edge_counts, features_of, grouped_max
 from .clouds import select_levels as select
-from .sampling import centered, nearest_neighbors, structure_sizes
 from .weights import fill, flat, read_tensors
 
 #: Classes of S3DIS, in the order of its labels.

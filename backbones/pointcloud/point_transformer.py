@@ -14,6 +14,7 @@ from torch_geometric.nn import PointTransformerConv
 from symmetrize import keys
 from symmetrize.backbone import Backbone, Copies
 from symmetrize.errors import DeclarationError
+from symmetrize.ops.sampling import structure_sizes, unit_sphere
 from symmetrize.representations import OutputSpec
 
 from .clouds import (
@@ -28,7 +29,6 @@ from .clouds import (
     grouped_mean,
     select_levels,
 )
-from .sampling import structure_sizes, unit_sphere
 from .weights import fill, read_tensors
 
 

@@ -13,10 +13,10 @@ from torch_geometric.data import Data
 
 from symmetrize.backbone import Backbone
 from symmetrize.errors import DeclarationError
+from symmetrize.ops.sampling import structure_sizes, unit_sphere
 from symmetrize.representations import OutputSpec
 
 from .clouds import check_positive, clouds_of, dense, grouped_max
-from .sampling import structure_sizes, unit_sphere
 from .weights import SHIPPED, fill, flat, read_tensors
 
 #: Classes of ModelNet40, in the order of its files.

@@ -121,7 +121,7 @@ class _Scriptable(torch.nn.Module):
 
     @torch.jit.export
     def baseline(self, z: Tensor) -> dict[str, Tensor]:
-        return {"energy": self.composition[self.table(z)]}
+        return {"energy": self.composition[self.table(z)]}  # type: ignore[index]
 
 
 def edges_of(batch: Data) -> tuple[Tensor, Tensor]:

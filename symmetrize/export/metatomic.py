@@ -8,7 +8,7 @@ import math
 import os
 import tempfile
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +22,7 @@ from symmetrize.export.frames import FixedFrames, frames_module
 from symmetrize.files import replacing
 from symmetrize.frames import FrameMethod
 from symmetrize.metatomic import compilable, import_metatomic
+from symmetrize.metatomic.tensor_maps import RENAMED
 from symmetrize.methods.ecse import ECSE
 from symmetrize.registry import load_backbone
 from symmetrize.symmetrizer import Symmetrizer, check_energy
@@ -213,7 +214,8 @@ def _around_backbone(
     hops = int(backbone.receptive_field or 0) if per_atom else 0
     requests, reach = [], None
     if backbone.cutoff is not None:
-        reach = max(hops, 1) * backbone.cutoff
+        # Copies hold all that is read; candidates only what breaks the symmetry (see `Backbone.oriented_field`).
+        reach = max(int(backbone.oriented_field or 0) if per_atom else 0, 1) * backbone.cutoff
         requests.append(NeighborListOptions(backbone.cutoff, True, True))
         if per_atom and reach > backbone.cutoff:
             # Candidates have to cover everything that an output depends on.
@@ -274,11 +276,24 @@ def _around_another(
         chunk_size,
         inner_requests,
         outer_requests,
+        _own_names(inner, sources),
     )
     return wrapper, {
         one: ModelOutput(unit=known[one].unit, sample_kind=known[one].sample_kind, description=known[one].description)
         for one in sources
     }
+
+
+def _own_names(inner: Any, names: Sequence[str]) -> dict[str, str]:
+    """Present name -> the deprecated one that a module was written with, for which only its wrapper has both."""
+    former = {present: past for past, present in RENAMED.items()}
+    own: dict[str, str] = {}
+    for name in names:
+        base = name.split("/")[0]
+        past = name.replace(base, former.get(base, base), 1)
+        if past != name and past in inner._model_capabilities_outputs_names:
+            own[name] = past
+    return own
 
 
 def _frames(model: Symmetrizer, reach: float | None) -> torch.nn.Module:

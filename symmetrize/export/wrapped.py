@@ -40,10 +40,13 @@ class WrappedModel(torch.nn.Module):
         What the module asks for.
     outer : list of NeighborListOptions
         What the engine is asked for: the same in structure scope, candidates and surroundings in atom scope.
+    own_names : dict of str to str
+        What the module itself calls its outputs, where the format has renamed them since.
     """
 
     inner: List[NeighborListOptions]  # noqa: UP006
     outer: List[NeighborListOptions]  # noqa: UP006
+    own_names: Dict[str, str]  # noqa: UP006
 
     def __init__(
         self,
@@ -54,15 +57,33 @@ class WrappedModel(torch.nn.Module):
         chunk_size: int,
         inner: list[NeighborListOptions],
         outer: list[NeighborListOptions],
+        own_names: dict[str, str],
     ) -> None:
         super().__init__()
         self.module, self.frames, self.rotation = module, frames, rotation
         self.per_atom, self.chunk_size = per_atom, chunk_size
         self.inner, self.outer = inner, outer
+        self.own_names = own_names
 
     def requested_neighbor_lists(self) -> List[NeighborListOptions]:  # noqa: UP006
         """See ``metatomic.torch.ModelInterface``."""
         return self.outer
+
+    def ask(
+        self,
+        systems: List[System],  # noqa: UP006
+        outputs: Dict[str, ModelOutput],  # noqa: UP006
+        selected_atoms: Optional[Labels],  # noqa: UP045
+    ) -> Dict[str, TensorMap]:  # noqa: UP006
+        """The module, by the names of outputs that it knows."""
+        asked: Dict[str, ModelOutput] = {}  # noqa: UP006
+        for name, output in outputs.items():
+            asked[self.own_names.get(name, name)] = output
+        got = self.module(systems, asked, selected_atoms)
+        out: Dict[str, TensorMap] = {}  # noqa: UP006
+        for name in outputs.keys():
+            out[name] = got[self.own_names.get(name, name)]
+        return out
 
     def forward(
         self,
@@ -72,7 +93,7 @@ class WrappedModel(torch.nn.Module):
     ) -> Dict[str, TensorMap]:  # noqa: UP006
         """See ``metatomic.torch.ModelInterface``."""
         if len(systems) == 0:
-            return self.module(systems, outputs, selected_atoms)
+            return self.ask(systems, outputs, selected_atoms)
         if self.frames.needs_finite:
             for system in systems:
                 if bool(system.pbc.any()):
@@ -149,7 +170,7 @@ class WrappedModel(torch.nn.Module):
                     center = self.labels(torch.stack([torch.arange(own.shape[0], device=own.device), 0 * own], dim=1))
                 elif selected_atoms is not None:
                     center = self.selection(own, wanted, ptr)
-                got = self.module(copies, asked, center)
+                got = self.ask(copies, asked, center)
                 elements, weight = turns.detach(), weights.detach()[frame]
                 for name, tensor in got.items():
                     self.accumulate(

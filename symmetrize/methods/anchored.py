@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch_geometric.data import Data
 
 from symmetrize import keys
+from symmetrize.backbone import Backbone
 from symmetrize.data import assemble, validate
 from symmetrize.errors import DeclarationError, InvalidInputError, InvalidTypeError
 from symmetrize.frames import FrameMethod, FrameSet, Scope
-
-from .sampling import anchor_points, centered, structure_sizes
+from symmetrize.methods import METHODS, find_method
+from symmetrize.ops.sampling import anchor_points, centered, structure_sizes
 
 
 class Anchored(FrameMethod):
@@ -49,6 +52,17 @@ class Anchored(FrameMethod):
         super().__init__(auxiliary=method.auxiliary)
         self.method = method
         self.n_anchors = n_anchors
+
+    def describe(self) -> dict[str, Any]:
+        name = type(self.method).__name__
+        if name not in METHODS:
+            raise DeclarationError(f"Anchored: a {name} is not a method of this package and has no description")
+        return {"method": name, "description": self.method.describe(), "n_anchors": self.n_anchors}
+
+    @classmethod
+    def rebuild(cls, description: dict[str, Any], auxiliary: Backbone | None) -> Anchored:
+        inner = find_method(description["method"]).rebuild(description["description"], auxiliary)
+        return cls(inner, description["n_anchors"])
 
     def frames(
         self, batch: Data, *, group: str, scope: Scope, l_max: int, generator: torch.Generator | None = None
