@@ -27,8 +27,10 @@ install: $(VENV)/.installed
 demo: install
 	$(BIN)/symmetrize demo --output runs/demo
 
+# Two files of tests at a time: each worker takes about a gigabyte.
+WORKERS ?= 2
 test: install
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile
 
 lint: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

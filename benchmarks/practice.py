@@ -321,7 +321,7 @@ def networks_table(facts: list[dict[str, Any]]) -> Result:
 def main(output: Path, profile: str, networks: Path | None, threads: int, quiet: bool) -> None:
     """Relaxations, perfect crystals, phonons, dynamics: bare, averaged at degree 3, ECSE.
 
-    The small profile (two minutes) shows that it runs; its networks know little. The full one takes about half an hour
+    The small profile (some minutes) shows that it runs; its networks know little. The full one takes about half an hour
     and what it takes is mostly labels and training.
     """
     torch.set_num_threads(threads)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch_geometric.data import Batch, Data
 
 from symmetrize import keys
-from symmetrize.errors import InvalidInputError, InvalidTypeError
+from symmetrize.errors import InvalidInputError, InvalidTypeError, UnknownSpeciesError
 from symmetrize.ops.neighbors import neighbor_list
 from symmetrize.ops.ragged import offsets
 
@@ -236,6 +236,30 @@ def where(batch: Data, owner: int, scope: str) -> str:
 def _where(atom: Tensor | int, ptr: Tensor) -> str:
     structure = int(torch.searchsorted(ptr, torch.as_tensor(int(atom), device=ptr.device), right=True)) - 1
     return f"structure {structure}, atom {int(atom) - int(ptr[structure])}"
+
+
+def refuse_unknown_species(batch: Data, rows: Tensor, species: Sequence[int]) -> None:
+    """Raise an `UnknownSpeciesError` if there are negative numbers among the rows of a model's species.
+
+    Parameters
+    ----------
+    rows : Tensor of shape (n_atoms,)
+        What a model found for each atomic number, -1 for those that it does not know.
+    species : sequence of int
+        What it knows.
+    """
+    unknown = (rows < 0).nonzero()
+    if not len(unknown):
+        return
+    atom = int(unknown[0, 0])
+    structure, first = 0, 0
+    if batch.get(keys.BATCH) is not None:
+        structure = int(batch[keys.BATCH][atom])
+        first = int(torch.searchsorted(batch[keys.BATCH].contiguous(), structure))
+    raise UnknownSpeciesError(
+        f"z: structure {structure}, atom {atom - first}: expected one of the species {list(species)} that this model "
+        f"was built for, got {int(batch[keys.Z][atom])}"
+    )
 
 
 def _refuse_coincident(pos: Tensor, structure: Tensor, ptr: Tensor) -> None:

@@ -20,6 +20,7 @@ from symmetrize.frames import FrameMethod
 from symmetrize.methods import METHODS, find_method
 from symmetrize.registry import rebuild_backbone
 from symmetrize.symmetrizer import Symmetrizer
+from symmetrize.weights import check_dtype, fill
 
 FORMAT = "torch-symmetrize model"
 #: Of what is written. A change of the format adds a function to `UPGRADES`, which older folders go through.
@@ -114,8 +115,7 @@ def load(
     DeclarationError
         If ``backbone`` or ``method`` is needed, or does not fit.
     """
-    if dtype not in (None, torch.float32, torch.float64):
-        raise InvalidTypeError(f"dtype: expected torch.float32 or torch.float64, got {dtype}")
+    check_dtype(dtype)
     description, tensors = _read(folder)
     if backbone is None:
         backbone = _make_backbone(description["backbone"], folder)
@@ -218,20 +218,11 @@ def _make_method(saved: dict[str, Any], folder: Any) -> FrameMethod:
 
 
 def _fill(model: Symmetrizer, tensors: dict[str, Tensor], folder: Any) -> None:
-    expected = model.state_dict()
-    for name in sorted(expected.keys() ^ tensors.keys()):
-        raise InvalidInputError(f"{folder}: {'lacks' if name in expected else 'holds the unexpected'} tensor {name!r}")
-    for name, value in expected.items():
-        if value.shape != tensors[name].shape:
-            raise InvalidInputError(
-                f"{folder}: {name}: expected shape {tuple(value.shape)}, got {tuple(tensors[name].shape)}"
-            )
     # Each as it was saved: a model in float32 may keep its composition energies in float64.
-    parameters = dict(model.named_parameters()) | dict(model.named_buffers())
-    for name in expected:
-        with torch.no_grad():
-            parameters[name].data = parameters[name].data.to(tensors[name].dtype)
-    model.load_state_dict(tensors)
+    for name, value in [*model.named_parameters(), *model.named_buffers()]:
+        if name in tensors:
+            value.data = value.data.to(tensors[name].dtype)
+    fill(model, tensors, folder)
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -24,6 +24,7 @@ RUNGS = {
     "representations": 1,
     "backbone": 1,
     "frames": 1,
+    "weights": 1,
     "wrapping": 1,
     "metatomic": 1,
     "methods": 2,

@@ -401,8 +401,8 @@ def test_save_load_and_rebuild(tmp_path):
     assert torch.equal(twin(batch)["energy"], model(batch)["energy"])
     description = json.loads((tmp_path / "a.model.json").read_text())
     for key, value, message in [
-        ("version", 7, "version: expected 1"),
-        ("format", "other", "format: expected"),
+        ("version", 7, "expected version 1 or an earlier one, got 7"),
+        ("format", "other", "expected the description of a"),
         ("dtype", "float16", "float32 or float64, got 'float16'"),
     ]:
         (tmp_path / "a.model.json").write_text(json.dumps({**description, key: value}))

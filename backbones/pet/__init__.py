@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from symmetrize.errors import DeclarationError, InvalidInputError, InvalidTypeError, did_you_mean
+from symmetrize.errors import InvalidInputError
+from symmetrize.weights import check_dtype, fill, find_weights, shipped_weights
 
 from .config import PETConfig, Target
 from .model import PET
@@ -21,7 +22,7 @@ _WEIGHTS = Path(__file__).parent / "weights"
 
 def shipped() -> list[str]:
     """Names of the trained models that come with the package."""
-    return sorted(path.stem for path in _WEIGHTS.glob("*.safetensors"))
+    return shipped_weights(_WEIGHTS)
 
 
 def load(name_or_path: str | os.PathLike[str] = "ethanol", dtype: torch.dtype | None = None) -> PET:
@@ -39,28 +40,11 @@ def load(name_or_path: str | os.PathLike[str] = "ethanol", dtype: torch.dtype | 
     DeclarationError
         For a name that is neither shipped nor a file.
     """
-    if dtype not in (None, torch.float32, torch.float64):
-        raise InvalidTypeError(f"dtype: expected torch.float32 or torch.float64, got {dtype}")
-    path = Path(name_or_path)
-    text = os.fspath(name_or_path)
-    if text in shipped():
-        path = _WEIGHTS / text
-    elif path.suffix not in (".safetensors", ".json") and not path.with_name(path.name + ".json").is_file():
-        known = shipped()
-        hint = did_you_mean(text, known) if known else "no model is shipped"
-        raise DeclarationError(f"pet: expected a shipped model or the path of a saved one, got {text!r}; {hint}")
-    config, metadata, saved, tensors = read_model(path)
-    model = PET(config, metadata=metadata).to(saved)
-    expected = model.state_dict()
-    for name in sorted(expected.keys() ^ tensors.keys()):
-        problem = "lacks" if name in expected else "holds the unexpected"
-        raise InvalidInputError(f"{path}: {problem} parameter {name!r}")
-    for name, value in expected.items():
-        if value.shape != tensors[name].shape:
-            raise InvalidInputError(
-                f"{path}: {name}: expected shape {tuple(value.shape)}, got {tuple(tensors[name].shape)}"
-            )
-    model.load_state_dict(tensors)
+    check_dtype(dtype)
+    path = find_weights(name_or_path, _WEIGHTS, "pet")
+    config, found = read_model(path)
+    model = PET(config, metadata=found.metadata).to(found.dtype)
+    fill(model, found.tensors, path)
     return (model if dtype is None else model.to(dtype)).eval()
 
 

@@ -12,8 +12,8 @@ from torch_geometric.data import Data
 
 from symmetrize import keys
 from symmetrize.backbone import Backbone, Copies
-from symmetrize.data import edge_vectors
-from symmetrize.errors import DeclarationError, InvalidInputError, InvalidTypeError, UnknownSpeciesError
+from symmetrize.data import edge_vectors, refuse_unknown_species
+from symmetrize.errors import DeclarationError, InvalidInputError, InvalidTypeError
 from symmetrize.ops.ragged import segment_sum
 
 from .conditioning import read_condition
@@ -251,17 +251,7 @@ class PET(Backbone):
         if z is None:
             raise InvalidInputError("batch: expected a field 'z' with atomic numbers, got none")
         row = species_rows(z, self.species_row)
-        unknown = torch.nonzero(row < 0).view(-1)
-        if unknown.shape[0]:
-            atom = int(unknown[0])
-            structure, first = 0, 0
-            if batch.get(keys.BATCH) is not None:
-                structure = int(batch[keys.BATCH][atom])
-                first = int(torch.searchsorted(batch[keys.BATCH].contiguous(), structure))
-            raise UnknownSpeciesError(
-                f"z: structure {structure}, atom {atom - first}: expected one of the species "
-                f"{list(self.config.atomic_types)} that this model was built for, got {int(z[atom])}"
-            )
+        refuse_unknown_species(batch, row, self.config.atomic_types)
         return row
 
     def _inverse_volume(self, batch: Data) -> Tensor:

@@ -17,10 +17,11 @@ from symmetrize.errors import DeclarationError, InvalidInputError, did_you_mean
 from symmetrize.ops.ragged import offsets
 from symmetrize.ops.sampling import centered, nearest_neighbors, structure_sizes
 from symmetrize.representations import OutputSpec
+from symmetrize.weights import fill
 
 from .clouds import Clouds, build_levels, check_positive, clouds_of, dense, edge_counts, features_of, grouped_max
 from .clouds import select_levels as select
-from .weights import fill, flat, read_tensors
+from .weights import flat, read_tensors
 
 #: Classes of S3DIS, in the order of its labels.
 S3DIS = (

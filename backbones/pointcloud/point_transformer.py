@@ -16,6 +16,7 @@ from symmetrize.backbone import Backbone, Copies
 from symmetrize.errors import DeclarationError
 from symmetrize.ops.sampling import structure_sizes, unit_sphere
 from symmetrize.representations import OutputSpec
+from symmetrize.weights import fill
 
 from .clouds import (
     Level,
@@ -29,7 +30,7 @@ from .clouds import (
     grouped_mean,
     select_levels,
 )
-from .weights import fill, read_tensors
+from .weights import read_tensors
 
 
 class _Attention(torch.nn.Module):

@@ -15,9 +15,10 @@ from symmetrize.backbone import Backbone
 from symmetrize.errors import DeclarationError
 from symmetrize.ops.sampling import structure_sizes, unit_sphere
 from symmetrize.representations import OutputSpec
+from symmetrize.weights import fill
 
 from .clouds import check_positive, clouds_of, dense, grouped_max
-from .weights import SHIPPED, fill, flat, read_tensors
+from .weights import SHIPPED, flat, read_tensors
 
 #: Classes of ModelNet40, in the order of its files.
 MODELNET40 = (

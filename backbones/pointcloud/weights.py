@@ -60,27 +60,6 @@ def read_tensors(path: str | os.PathLike[str], trust_pickle: bool = False) -> di
     return {str(name): value for name, value in content.items()}
 
 
-def fill(module: torch.nn.Module, tensors: dict[str, Tensor], source: str | os.PathLike[str]) -> None:
-    """Load all parameters and buffers, refusing a file that lacks one, has another shape, or more than that.
-
-    Raises
-    ------
-    InvalidInputError
-    """
-    expected = module.state_dict()
-    for name in sorted(expected.keys() ^ tensors.keys()):
-        problem = "lacks" if name in expected else "holds the unexpected"
-        raise InvalidInputError(f"{source}: {problem} parameter {name!r}")
-    for name, value in expected.items():
-        if value.shape != tensors[name].shape:
-            raise InvalidInputError(
-                f"{source}: {name}: expected shape {tuple(value.shape)}, got {tuple(tensors[name].shape)}"
-            )
-        if not bool(torch.isfinite(tensors[name]).all()):
-            raise InvalidInputError(f"{source}: {name}: expected finite numbers")
-    module.load_state_dict(tensors)
-
-
 def flat(value: Tensor) -> Tensor:
     """A convolution of width one as the matrix that it is."""
     return value.reshape(value.shape[:2]) if value.dim() > 2 else value

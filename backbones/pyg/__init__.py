@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 
-from symmetrize.errors import DeclarationError, InvalidInputError, InvalidTypeError, did_you_mean
+from symmetrize.weights import check_dtype, fill, find_weights, read_described, shipped_weights
 
 from .adapter import EDGE_FEATURES, PyGBackbone
 from .network import GNNConfig
-from .reference import ReferenceGNN
+from .reference import FORMAT, VERSION, ReferenceGNN
 from .schnet import SchNetBackbone
-from .storage import read_model
 
 __all__ = [
     "EDGE_FEATURES",
@@ -35,7 +34,7 @@ _WEIGHTS = Path(__file__).parent / "weights"
 
 def shipped() -> list[str]:
     """Names of the trained models that come with the package."""
-    return sorted(path.stem for path in _WEIGHTS.glob("*.safetensors"))
+    return shipped_weights(_WEIGHTS)
 
 
 def load(name_or_path: str | os.PathLike[str] = "ethanol", dtype: torch.dtype | None = None) -> ReferenceGNN:
@@ -55,22 +54,11 @@ def load(name_or_path: str | os.PathLike[str] = "ethanol", dtype: torch.dtype | 
     InvalidInputError
         For files of something else.
     """
-    if dtype not in (None, torch.float32, torch.float64):
-        raise InvalidTypeError(f"dtype: expected torch.float32 or torch.float64, got {dtype}")
-    path, text = Path(name_or_path), os.fspath(name_or_path)
-    if text in shipped():
-        path = _WEIGHTS / text
-    elif path.suffix not in (".safetensors", ".json") and not path.with_name(path.name + ".json").is_file():
-        hint = did_you_mean(text, shipped()) if shipped() else "no model is shipped"
-        raise DeclarationError(f"gnn: expected a shipped model or the path of a saved one, got {text!r}; {hint}")
-    config, metadata, saved, tensors = read_model(path)
-    model = ReferenceGNN(config, metadata=metadata).to(saved)
-    expected = model.state_dict()
-    for name in sorted(expected.keys() | tensors.keys()):
-        shapes = [tuple(held[name].shape) if name in held else "none" for held in (expected, tensors)]
-        if shapes[0] != shapes[1]:
-            raise InvalidInputError(f"{path}: parameter {name!r}: expected shape {shapes[0]}, got {shapes[1]}")
-    model.load_state_dict(tensors)
+    check_dtype(dtype)
+    path = find_weights(name_or_path, _WEIGHTS, "gnn")
+    found = read_described(path, format=FORMAT, version=VERSION)
+    model = ReferenceGNN(GNNConfig.from_dict(found.config), metadata=found.metadata).to(found.dtype)
+    fill(model, found.tensors, path)
     return (model if dtype is None else model.to(dtype)).eval()
 
 

@@ -15,10 +15,13 @@ from symmetrize.backbone import Backbone
 from symmetrize.data import edge_vectors
 from symmetrize.errors import InvalidInputError, InvalidTypeError
 from symmetrize.representations import OutputSpec
+from symmetrize.weights import save_described
 
 from .network import GNNConfig, ReferenceNetwork
 from .species import SpeciesTable
-from .storage import save_model
+
+#: Of its files.
+FORMAT, VERSION = "torch-symmetrize GNN", 1
 
 
 class ReferenceGNN(Backbone):
@@ -93,7 +96,15 @@ class ReferenceGNN(Backbone):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write ``<path>.safetensors`` and ``<path>.json``, each at once or not at all."""
-        save_model(self, path)
+        save_described(
+            path,
+            self,
+            format=FORMAT,
+            version=VERSION,
+            dtype=self.dtype,
+            config=self.config.to_dict(),
+            metadata=self.metadata,
+        )
 
 
 class _Scriptable(torch.nn.Module):

@@ -8,7 +8,8 @@ from torch import Tensor
 from torch_geometric.data import Data
 
 from symmetrize import keys
-from symmetrize.errors import DeclarationError, InvalidInputError, UnknownSpeciesError
+from symmetrize.data import refuse_unknown_species
+from symmetrize.errors import DeclarationError, InvalidInputError
 
 
 class SpeciesTable(torch.nn.Module):
@@ -57,15 +58,5 @@ class SpeciesTable(torch.nn.Module):
         if z is None:
             raise InvalidInputError("batch: expected a field 'z' with atomic numbers, got none")
         rows = self(z.to(torch.int64))
-        unknown = (rows < 0).nonzero()
-        if len(unknown):
-            atom = int(unknown[0])
-            structure, first = 0, 0
-            if batch.get(keys.BATCH) is not None:
-                structure = int(batch[keys.BATCH][atom])
-                first = int(torch.searchsorted(batch[keys.BATCH].contiguous(), structure))
-            raise UnknownSpeciesError(
-                f"z: structure {structure}, atom {atom - first}: expected one of the species {list(self.species)} that "
-                f"this model was built for, got {int(z[atom])}"
-            )
+        refuse_unknown_species(batch, rows, self.species)
         return rows
