@@ -93,7 +93,9 @@ def main() -> None:
         table = trajectory(path, atoms, n_steps)
         size = f"{path.stat().st_size / 1e6:.1f} MB"
         print(f"{path.name:<16} {size:>8} {np.ptp(table[:, 1]):>14.3f} meV {table[-1, 2]:>22.2e} hbar")
-        axes[0].plot(table[:, 0], table[:, 1], color=color, label=name, linewidth=1)
+        # The two nearly coincide: one thick and pale, one thin.
+        broad = {"linewidth": 4, "alpha": 0.4} if name == "bare" else {"linewidth": 1}
+        axes[0].plot(table[:, 0], table[:, 1], color=color, label=name, **broad)
         axes[1].plot(table[1:, 0], table[1:, 2], color=color, label=name, linewidth=1)
     axes[0].set(title="Energy", xlabel="time (ps)", ylabel="change of the total energy (meV)")
     axes[1].set(title="Angular momentum", xlabel="time (ps)", ylabel="change (ħ)", yscale="log")

@@ -313,7 +313,8 @@ def export(model: str, output: Path, **options: Any) -> None:
 
     \b
     MODEL is one of
-      pet:ethanol, pet:PATH   a registered backbone (see 'symmetrize list'), which is symmetrised by ECSE
+      pet:ethanol, pet:PATH   a registered backbone (pet, gnn, or another one with a scriptable form), which is
+                              symmetrised by ECSE
       FOLDER                  a model that symmetrize.save wrote, as it is
       other.pt                another model in the metatomic format, which is symmetrised by ECSE
 
@@ -332,15 +333,15 @@ def list_() -> None:
     click.echo("backbones")
     for name, entry in sorted(list_backbones().items()):
         missing = f"; needs: pip install {' '.join(entry.missing)}" if entry.missing else ""
-        click.echo(f"  {name:<16} {entry.status:<12} {entry.description} ({entry.license}){missing}")
+        click.echo(f"  {name:<18} {entry.status:<12} {entry.description} ({entry.license}){missing}")
     click.echo("  weights of pet: ethanol (1 block), ethanol-2block; for ethanol only")
     click.echo("methods")
     click.echo(
-        f"  {'ECSE':<16} exact, smooth, deterministic; about 2 evaluations per atom or molecule, 4 with inversion"
+        f"  {'ECSE':<18} exact, smooth, deterministic; about 2 evaluations per atom or molecule, 4 with inversion"
     )
-    click.echo(f"  {'GroupAveraging':<16} fixed orientations, exact up to a degree: 24 evaluations for degree 3")
-    click.echo(f"  {'Anchored':<16} ECSE from a few points of a large cloud: exact, not smooth")
-    click.echo(f"  {'Identity':<16} the bare backbone")
+    click.echo(f"  {'GroupAveraging':<18} fixed orientations, exact up to a degree: 24 evaluations for degree 3")
+    click.echo(f"  {'Anchored':<18} ECSE from a few points of a large cloud: exact, not smooth")
+    click.echo(f"  {'Identity':<18} the bare backbone")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from types import ModuleType
@@ -130,7 +131,14 @@ def _call(entry: Entry, target: str, *args: Any, **options: Any) -> Backbone:
     from symmetrize.backbone import Backbone
 
     module, _, attribute = target.partition(":")
-    backbone = getattr(_imported(entry, module), attribute)(*args, **options)
+    loader = getattr(_imported(entry, module), attribute)
+    try:
+        inspect.signature(loader).bind(*args, **options)
+    except TypeError as error:
+        raise DeclarationError(
+            f"backbone {entry.name!r}: {error}; its loader is {attribute}{inspect.signature(loader)}"
+        ) from error
+    backbone = loader(*args, **options)
     if not isinstance(backbone, Backbone):
         raise InvalidTypeError(
             f"backbone {entry.name!r}: expected its loader to return a Backbone, got {type(backbone)}"

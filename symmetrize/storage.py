@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -55,6 +56,11 @@ def save(model: Symmetrizer, folder: str | os.PathLike[str], *, metadata: dict[s
     ------
     InvalidTypeError
         If the model is not a `Symmetrizer`, or the metadata cannot be written as JSON.
+
+    Warns
+    -----
+    UserWarning
+        If whoever loads the model has to pass its backbone or its method, such as a wrapped module.
     """
     if not isinstance(model, Symmetrizer):
         raise InvalidTypeError(f"model: expected a Symmetrizer, got {type(model).__name__}")
@@ -77,6 +83,7 @@ def save(model: Symmetrizer, folder: str | os.PathLike[str], *, metadata: dict[s
         text = json.dumps(description, indent=2) + "\n"
     except TypeError as error:
         raise InvalidTypeError(f"metadata: expected what JSON can hold, got {error}") from error
+    _warn_where_incomplete(description, method)
     # Copies: safetensors refuses tensors that share memory.
     tensors = {name: value.detach().cpu().clone().contiguous() for name, value in model.state_dict().items()}
     with replacing(Path(folder) / _STEM, ".safetensors", ".json") as inner:
@@ -183,6 +190,21 @@ def _describe(backbone: Backbone) -> dict[str, Any]:
         return {**known, "adapter": backbone.adapter, "description": backbone.describe()}
     except DeclarationError:  # it says so itself: whoever loads the model has to make the backbone
         return known
+
+
+def _warn_where_incomplete(description: dict[str, Any], method: FrameMethod) -> None:
+    missing = []
+    if description["backbone"]["description"] is None:
+        missing.append(("backbone", description["backbone"]["class"]))
+    if description["method"]["name"] is None:
+        missing.append(("method", type(method).__name__))
+    for what, kind in missing:
+        warnings.warn(
+            f"save: the {what}, a {kind}, cannot be made again from a description: its numbers are saved, and whoever "
+            f"loads the model passes the {what}: load(folder, {what}=...)",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _make_backbone(saved: dict[str, Any], folder: Any) -> Backbone:

@@ -201,7 +201,9 @@ class Symmetrizer(torch.nn.Module):
             shape = (batch[keys.POS].shape[0], *spec.shape)
             if not isinstance(value, Tensor) or tuple(value.shape) != shape:
                 got = "none" if value is None else tuple(getattr(value, "shape", ()))
-                raise InvalidInputError(f"{name}: expected a field of shape {shape} ({irreps}), got {got}")
+                raise InvalidInputError(
+                    f"{name}: expected a field of shape {shape} ({irreps}), as batch.{name} = ..., got {got}"
+                )
             if value.dtype != dtype:
                 raise InvalidTypeError(f"{name}: expected the dtype of pos ({dtype}), got {value.dtype}")
             bad = (~torch.isfinite(value.detach())).reshape(len(value), -1).any(dim=1).nonzero()

@@ -67,7 +67,8 @@ def test_a_backbone_without_an_adapter_is_passed_in(tmp_path):
         adapter = None
 
     model = Symmetrizer(Mine(OUTPUTS, seed=5), ECSE())
-    save(model, tmp_path)
+    with pytest.warns(UserWarning, match=r"a Mine, cannot be made again.*load\(folder, backbone=\.\.\.\)"):
+        save(model, tmp_path)
     with pytest.raises(DeclarationError, match=r"a Mine, has no adapter.*load\(folder, backbone=\.\.\.\)"):
         load(tmp_path)
     again = load(tmp_path, backbone=Mine(OUTPUTS, seed=0))
@@ -81,7 +82,8 @@ def test_a_method_of_somebody_else_is_passed_in(tmp_path):
         pass
 
     model = Symmetrizer(ToyLocal(OUTPUTS), Other())
-    save(model, tmp_path)
+    with pytest.warns(UserWarning, match=r"the method, a Other.*load\(folder, method=\.\.\.\)"):
+        save(model, tmp_path)
     with pytest.raises(DeclarationError, match="its method is not one of this package"):
         load(tmp_path)
     assert torch.equal(load(tmp_path, method=ECSE())(_batch())["energy"], model(_batch())["energy"])

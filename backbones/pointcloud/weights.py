@@ -40,6 +40,12 @@ def read_tensors(path: str | os.PathLike[str], trust_pickle: bool = False) -> di
             return load_file(file)
         except SafetensorError as error:
             raise InvalidInputError(f"{file}: expected a safetensors file, got a damaged or another one") from error
+    with open(file, "rb") as opened:
+        # A zip archive, or the first bytes of a pickle: what torch.save writes, now or before 2020.
+        if opened.read(2) not in (b"PK", b"\x80\x02", b"\x80\x04"):
+            raise InvalidInputError(
+                f"{file}: expected a file of tensors (.safetensors, or torch.save), got another kind"
+            )
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:

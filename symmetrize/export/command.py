@@ -8,6 +8,7 @@ from typing import Any
 
 from symmetrize.backbone import Backbone
 from symmetrize.errors import DeclarationError, InvalidInputError, did_you_mean
+from symmetrize.metatomic.tensor_maps import quantity
 from symmetrize.methods.ecse import ECSE
 from symmetrize.methods.identity import Identity
 from symmetrize.registry import list_backbones, load_backbone
@@ -147,7 +148,8 @@ def summary(path: Path, model: Symmetrizer, exported: Any) -> str:
 
     capabilities = exported.capabilities()
     reach = float(capabilities.interaction_range)
-    kinds = [str(name) for name in capabilities.outputs]
+    # Without the former names, by which the format offers some outputs again.
+    kinds = [str(name) for name in capabilities.outputs if quantity(name) == name.split("/")[0]]
     elements = [chemical_symbols[int(z)] for z in capabilities.atomic_types]
     listed = ", ".join(elements) if len(elements) <= 20 else f"{len(elements)} elements"
     length = f"{reach:g} {capabilities.length_unit}" if reach < float("inf") else "infinite (finite systems only)"

@@ -152,8 +152,9 @@ def _batch(trial: Trial) -> None:
             expected,
             f"evaluating structure {s} ({int(ptr[s + 1] - ptr[s])} of {ptr.diff().tolist()} atoms) alone",
             "Something reaches across structures: padding that the module takes for points (no mask, or one of the "
-            "opposite meaning: 'mask' is True for points, 'padding_mask' for padding), pooling or attention over the "
-            "whole batch instead of per structure, or normalization over the batch?",
+            "opposite meaning: 'mask' is True for points, 'padding_mask' for padding; or a bias that is added to rows "
+            "of padding behind the mask), pooling or attention over the whole batch instead of per structure, or "
+            "normalization over the batch?",
         )
 
 

@@ -158,7 +158,8 @@ class ECSE(FrameMethod):
         if len(periodic):
             raise InvalidInputError(
                 f"ECSE: structure scope is built around the centroid of a finite structure, structure "
-                f"{int(periodic[0])} is periodic; use scope='atom', or set pbc to False for a molecule in a box"
+                f"{int(periodic[0])} is periodic; use scope='atom' where the backbone has per-atom outputs, the method "
+                "GroupAveraging (any backbone, exact up to its degree), or set pbc to False for a molecule in a box"
             )
         pos, structure, ptr = batch[keys.POS], batch[keys.BATCH], batch[keys.PTR]
         centroid, vectors, available = around_centroids(pos, structure, ptr)
