@@ -483,7 +483,8 @@ def test_all_outputs_turn_with_the_structure(scope):
     """Several outputs of one readout, a stress that is divided by the volume, a rank-2 tensor, an irrep of degree 2."""
     model = model_of(**SCRIPTED["targets"]).eval()
     listed = periodic_batch() if scope == "atom" else random_batch()
-    if scope == "structure":  # molecules in a box
+    boxed = scope == "structure"
+    if boxed:  # molecules in a box, which is not a volume to divide by
         listed["cell"] = 4.0 * torch.eye(3, dtype=torch.float64).repeat(2, 1, 1)
     batch = copy.copy(listed)
     for key in ("edge_index", "cell_shift", "edge_vec", "edge_cutoff"):
@@ -499,9 +500,11 @@ def test_all_outputs_turn_with_the_structure(scope):
             direct = model(listed)
             torch.testing.assert_close(out["charges"] - model.baseline(batch).get("charges", 0), direct["charges"])
             stress = direct["non_conservative_stress"].detach()
-            assert torch.equal(stress, stress.transpose(1, 2)) and float(stress.abs().max()) > 1e-6
+            assert torch.equal(stress, stress.transpose(1, 2)) and (float(stress.abs().max()) > 1e-6) != boxed
             torch.testing.assert_close(out["atomic_non_conservative_stress"], direct["non_conservative_stress"])
         for name, spec in model.outputs.items():
+            if boxed and name == "non_conservative_stress":
+                continue
             rows = len(out[name])
             expected = spec.rotate(out[name], rotation.expand(rows, 3, 3))
             scale = float(out[name].detach().abs().max())

@@ -155,9 +155,7 @@ class PET(Backbone):
             "edge_scalars": self.geometry(length, source, target, n_atoms),
         }
         if self.repulsion is not None:
-            cache["repulsion"] = segment_sum(
-                self.repulsion(length, species.index_select(0, target), cache["neighbor_species"]), target, n_atoms
-            )
+            cache["repulsion"] = self.repulsion(length, species.index_select(0, target), cache["neighbor_species"])
         if any(target.per_volume for target in self.config.outputs):
             cache["inverse_volume"] = self._inverse_volume(batch)
         if self.network.system_conditioning is not None:
@@ -177,7 +175,7 @@ class PET(Backbone):
     ) -> dict[str, Tensor]:
         """Outputs of copies of what was prepared; see `Backbone.forward_frames`."""
         species, condition = cache["species"], cache.get("condition")
-        repulsion, inverse_volume = cache.get("repulsion"), cache.get("inverse_volume")
+        pairs, inverse_volume = cache.get("repulsion"), cache.get("inverse_volume")
         if copies is None:
             scalars, neighbors = cache["edge_scalars"], cache["neighbor_species"]
             source, target, reverse, center = cache["source"], cache["target"], cache["reverse"], cache["center"]
@@ -189,6 +187,7 @@ class PET(Backbone):
             condition = None if condition is None else condition.index_select(0, copies.atom)
             scalars = cache["edge_scalars"].index_select(0, edge)
             neighbors = cache["neighbor_species"].index_select(0, edge)
+            pairs = None if pairs is None else pairs.index_select(0, edge)
             reverse = cache["reverse"]
             if self.network.n_exchanges > 0:
                 n_edges = cache["target"].shape[0]
@@ -196,6 +195,8 @@ class PET(Backbone):
                 first = copies.edge_copy * n_edges
                 wanted = torch.where(partner < 0, partner, first + partner)
                 reverse = find(first + edge, wanted, torch.arange(edge.shape[0], device=edge.device))
+        # Of the edges of a copy: a center alone feels none.
+        repulsion = None if pairs is None else segment_sum(pairs, target, species.shape[0])
         if bool((target[1:] < target[:-1]).any()):
             order = torch.argsort(target, stable=True)
             edge_vec, scalars, neighbors = edge_vec[order], scalars[order], neighbors[order]
@@ -219,7 +220,7 @@ class PET(Backbone):
             values,
             self._layout,
             factor.index_select(0, species if bool(center.all()) else species[center]),
-            repulsion if repulsion is None or atom is None else repulsion.index_select(0, atom),
+            repulsion if repulsion is None or bool(center.all()) else repulsion[center],
             inverse_volume if inverse_volume is None or atom is None else inverse_volume.index_select(0, atom),
         )
 
@@ -260,6 +261,9 @@ class PET(Backbone):
         if cell is None:
             return torch.zeros(n_atoms, dtype=self.dtype, device=batch[keys.Z].device)
         structure = batch.get(keys.BATCH)
+        # Without all three directions there is no volume to divide by, whatever box a structure is in.
+        pbc = batch.get(keys.PBC)
+        cell = cell if pbc is None else cell * pbc[:, :, None]
         values = inverse_volumes(cell.to(self.dtype))
         return values.expand(n_atoms) if structure is None else values.index_select(0, structure)
 
