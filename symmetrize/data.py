@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch_geometric.data import Batch, Data
@@ -36,6 +37,8 @@ def from_ase(
     -------
     torch_geometric.data.Batch
         With ``pos``, ``z``, ``cell``, ``pbc`` and, with a cutoff, ``edge_index``, ``cell_shift``, ``edge_cutoff``.
+        Where a structure has them, also its initial charges and (collinear) magnetic moments, and ``charge`` and
+        ``spin_multiplicity`` (or ``spin``, 2S + 1) of its ``info``, 0 and 1 for those without.
 
     Raises
     ------
@@ -58,9 +61,30 @@ def from_ase(
         z=torch.cat([torch.as_tensor(atoms.numbers, dtype=torch.int64) for atoms in items]),
         cell=torch.stack([torch.as_tensor(atoms.cell.array).to(dtype) for atoms in items]),
         pbc=torch.stack([torch.as_tensor(atoms.pbc) for atoms in items]),
+        **_electronic_state(items, dtype),
     )
     batch = validate(batch)
     return batch if cutoff is None else with_neighbors(batch, cutoff)
+
+
+def _electronic_state(items: list[Atoms], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Charges and spins, where any of the structures has them."""
+    fields: dict[str, Tensor] = {}
+    per_atom = {keys.INITIAL_CHARGES: "get_initial_charges", keys.INITIAL_MAGMOMS: "get_initial_magnetic_moments"}
+    for name, getter in per_atom.items():
+        values = [getattr(atoms, getter)() for atoms in items]
+        if any(atoms.has(name) for atoms in items) and all(value.ndim == 1 for value in values):
+            fields[name] = torch.cat([torch.as_tensor(value).to(dtype) for value in values])
+    per_structure = {keys.CHARGE: (("charge",), 0), keys.SPIN_MULTIPLICITY: (("spin_multiplicity", "spin"), 1)}
+    for name, (entries, default) in per_structure.items():
+        found = [next((atoms.info[entry] for entry in entries if entry in atoms.info), None) for atoms in items]
+        if all(value is None for value in found):
+            continue
+        for n, value in enumerate(found):
+            if value is not None and not isinstance(value, (int, float, np.number)):
+                raise InvalidInputError(f"{name}: structure {n}: expected a number in atoms.info, got {value!r}")
+        fields[name] = torch.tensor([float(default if value is None else value) for value in found], dtype=dtype)
+    return fields
 
 
 def from_points(pos: Tensor, batch: Tensor | None = None, cutoff: float | None = None, **features: Any) -> Batch:

@@ -28,5 +28,11 @@ CELL_SHIFT: Final = "cell_shift"
 EDGE_CUTOFF: Final = "edge_cutoff"
 # pos[neighbor] + cell_shift @ cell - pos[center]: from the center to the neighbor. (n_edges, 3), floating, length.
 EDGE_VEC: Final = "edge_vec"
+# Total charge and spin multiplicity (2S + 1) of each structure, for models that read them. (n_structures,).
+CHARGE: Final = "charge"
+SPIN_MULTIPLICITY: Final = "spin_multiplicity"
+# Charge and collinear magnetic moment that a calculator starts from. (n_atoms,), elementary charges, Bohr magnetons.
+INITIAL_CHARGES: Final = "initial_charges"
+INITIAL_MAGMOMS: Final = "initial_magmoms"
 # Atoms whose output is wanted; absent means all. (n_atoms,), bool.
 CENTER_MASK: Final = "center_mask"

@@ -75,7 +75,6 @@ def save(model: Symmetrizer, folder: str | os.PathLike[str], *, metadata: dict[s
             "auxiliary": None if method.auxiliary is None else _describe(method.auxiliary),
         },
         "backbone": _describe(backbone),
-        "dtypes": {name: _dtype_name(value.dtype) for name, value in model.state_dict().items()},
         "training": model.training,
         "metadata": dict(metadata or {}),
     }
@@ -245,7 +244,3 @@ def _fill(model: Symmetrizer, tensors: dict[str, Tensor], folder: Any) -> None:
         if name in tensors:
             value.data = value.data.to(tensors[name].dtype)
     fill(model, tensors, folder)
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

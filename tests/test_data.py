@@ -426,3 +426,21 @@ def test_kinds_are_checked_first():
         validate({"pos": torch.zeros(1, 3)})
     with pytest.raises(InvalidTypeError, match=r"structure 1: expected ase\.Atoms, got str"):
         from_ase([ethanol(), "ethanol"])
+
+
+def test_charges_and_spins_travel_along():
+    from ase.build import molecule
+
+    plain, ion, radical = molecule("H2O"), molecule("NH3"), molecule("CH4")
+    assert not {"charge", "spin_multiplicity", "initial_charges", "initial_magmoms"} & set(from_ase([plain]).keys())
+    ion.set_initial_charges([1.0, 0.0, 0.0, 0.0])
+    ion.info["charge"] = 1
+    radical.set_initial_magnetic_moments([1.0, 0.0, 0.0, 0.0, 0.0])
+    radical.info["spin"] = 2
+    batch = from_ase([plain, ion, radical])
+    assert batch.charge.tolist() == [0.0, 1.0, 0.0] and batch.spin_multiplicity.tolist() == [1.0, 1.0, 2.0]
+    assert batch.initial_charges.tolist() == [0.0] * 3 + [1.0] + [0.0] * 8
+    assert batch.initial_magmoms.tolist() == [0.0] * 7 + [1.0] + [0.0] * 4
+    ion.info["charge"] = "+1"
+    with pytest.raises(InvalidInputError, match=r"charge: structure 1: expected a number in atoms\.info, got '\+1'"):
+        from_ase([plain, ion])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from adapters import require_adapter
+from ase import Atoms
 from scriptable_toy import ScriptableToy
 from symmetrize.backbones.pet import PET, PETConfig, Target
 from symmetrize.backbones.pet.config import DIRECT_FORCES, ENERGY
@@ -55,15 +56,20 @@ STRESS = Target("non_conservative_stress", cartesian="ij=ji", reduce="sum", per_
         ("atom", {"targets": (ENERGY, DIRECT_FORCES, STRESS)}),
         ("atom", {"num_gnn_layers": 2, "num_neighbors_adaptive": 6.0}),
         ("structure", {"num_gnn_layers": 2, "featurizer_type": "feedforward", "zbl": (0.31, 0.76, 0.66)}),
+        # Repelled where it is about to leave the list: half an environment, half a lone atom.
+        ("atom", {"zbl": (1.5, 1.5, 1.5)}),
     ],
 )
 def test_networks_of_pet(scope, options):
     config = PETConfig((1, 6, 8), cutoff=3.0, d_pet=16, d_node=16, d_head=8, d_feedforward=16, num_heads=2, **options)
     model = Symmetrizer(PET(config).double(), ECSE(), scope=scope).eval()
     file = export(model)
-    structures = [ethanol(), finite()["linear"]] + ([periodic()["small cell"]] if scope == "atom" else [])
+    fading = Atoms("CO", positions=[[0, 0, 0], [0, 0, 2.9]])
+    structures = [ethanol(), finite()["linear"], fading] + ([periodic()["small cell"]] if scope == "atom" else [])
     found = errors(model, file, batch_of(structures))
     assert all(error <= TOLERANCE for error in found.values()), found
+    alone = errors(model, file, batch_of([fading]))
+    assert all(error <= TOLERANCE for error in alone.values()), alone
     if "targets" in options:
         assert {"non_conservative_force", "non_conservative_stress"} <= set(file.capabilities().outputs)
 
@@ -194,8 +200,15 @@ def test_another_file_refuses_what_it_cannot(bare_files):
         export_wrapped(bare_files / "bare1.pt", dtype="mixed")
     file = export_wrapped(bare_files / "bare1.pt", scope="structure", outputs=["energy"], verify=False)
     assert list(file.capabilities().outputs) == ["energy"]
-    with pytest.raises(torch.jit.Error, match="around the centroid of a finite structure"):
+    with pytest.raises(torch.jit.Error, match="symmetrized as a whole, around the centroid"):
         run(file, batch_of([periodic()["crystal"]]))
+    # Nor with frames that need no centroid: no derivative would reach the cell.
+    fixed = export_wrapped(bare_files / "bare1.pt", method=Identity(), scope="structure", verify=False)
+    with pytest.raises(torch.jit.Error, match="symmetrized as a whole"):
+        run(fixed, batch_of([periodic()["crystal"]]))
+    for options, message in (({"names": {"energy": "e"}}, "names"), ({"length_unit": "nm"}, "length_unit")):
+        with pytest.raises(DeclarationError, match=message):
+            export_wrapped(bare_files / "bare1.pt", **options)
 
 
 def test_command(tmp_path, bare_files):

@@ -743,3 +743,27 @@ def test_shipped_weights_are_the_same_function_in_both_precisions():
             out[dtype] = model(from_ase(molecule("CH3CH2OH"), dtype=dtype), forces=True)["forces"].double()
         scale = out[torch.float64].square().mean().sqrt()
         assert (out[torch.float32] - out[torch.float64]).abs().max() < 1e-3 * scale
+
+
+@pytest.mark.parametrize("width", [0.1, 0.25, 1.0])
+def test_adaptive_cutoffs_are_solutions(width):
+    """Also where Newton's steps land on the ends of the bracket, and in shells between which the count hardly rises."""
+    from symmetrize.backbones.pet.adaptive import count, solve
+
+    generator = torch.Generator().manual_seed(0)
+    n = 500
+    target = torch.arange(n).repeat_interleave(20)
+    shells = 6.0 * torch.rand(n, 4, generator=generator, dtype=torch.float64)
+    length = shells[target, torch.randint(0, 4, (20 * n,), generator=generator)]
+    length = (length + 0.02 * torch.randn(20 * n, generator=generator, dtype=torch.float64)).abs()
+    radius = solve(length, target, n, 8.0, 6.0, width)
+    inside = (radius > 6.0 / 16.0 + 1e-9) & (radius < 6.0 - 1e-9)
+    missed = (count(radius, length, target, 8.0, 6.0, width)[0] - 8.0).abs()
+    assert int(inside.sum()) > 0.9 * n and float(missed[inside].max()) < 1e-11
+    # Half of the neighbors within half of the largest radius, and half as many too many within all of it.
+    cycle = torch.tensor([1.2, 1.3, 1.4, 1.5, *torch.linspace(3.6, 4.8, 8).tolist()], dtype=torch.float64)
+    there = torch.zeros(12, dtype=torch.int64)
+    root = solve(cycle, there, 1, 8.0, 6.0, 1.0)
+    assert float((count(root, cycle, there, 8.0, 6.0, 1.0)[0] - 8.0).abs().max()) < 1e-11
+    start = count(torch.full((1,), 6.0, dtype=torch.float64), cycle, there, 8.0, 6.0, 1.0)[0]
+    assert float((start - 8.0).abs().max()) > 1.0, "or this shows nothing"

@@ -153,8 +153,9 @@ class MetatomicBackbone(Backbone):
                 )
             if quantity(part.source) == "non_conservative_stress":
                 # Nothing but a crystal has a stress; what the model returns for the rest may not be finite.
-                solid = batch[keys.PBC].all(dim=1)[:, None, None]
-                rows = torch.where(solid, rows, torch.zeros_like(rows))
+                solid = batch[keys.PBC].all(dim=1)
+                solid = solid[batch[keys.BATCH]] if per_atom else solid
+                rows = torch.where(solid[:, None, None], rows, torch.zeros_like(rows))
             out[name] = rows[mask] if per_atom and mask is not None else rows
         return out
 

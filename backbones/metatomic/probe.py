@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -150,7 +151,12 @@ def energies_alone(backbone: MetatomicBackbone) -> dict[str, Tensor]:
     try:
         with torch.no_grad():
             raw = backbone.raw(batch)
-    except (RuntimeError, ValueError):
+    except (RuntimeError, ValueError) as error:
+        warnings.warn(
+            f"metatomic: the energies of lone atoms could not be found ({_reason(error)}): total energies keep the "
+            "precision of the model",
+            stacklevel=3,
+        )
         return {}
     out = {}
     for name in names:

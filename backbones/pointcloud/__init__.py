@@ -12,7 +12,6 @@ __all__ = [
     "MODELNET40",
     "PointNet",
     "PointTransformer",
-    "anchor_points",
     "load_dgcnn",
     "load_point_transformer",
     "load_pointnet",

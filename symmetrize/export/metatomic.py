@@ -139,8 +139,13 @@ def export(
         # torch 2.13 warns about all of TorchScript, which the format consists of.
         warnings.filterwarnings("ignore", category=DeprecationWarning, message=".*torch.jit.*")
         if inner is not None:
+            if names:
+                raise DeclarationError(f"names: a model in the metatomic format keeps its own, got {sorted(names)}")
+            own = inner.capabilities().length_unit
+            if length_unit not in ("angstrom", own):
+                raise DeclarationError(f"length_unit: expected that of the model ({own!r}), got {length_unit!r}")
             module, outputs = _around_another(converted, inner, energy, size or 0, precision)
-            length_unit = inner.capabilities().length_unit
+            length_unit = own
         else:
             named = _names(model.backbone, names or {})
             module, outputs = _around_backbone(converted, named, energy, size or 0, precision)

@@ -94,11 +94,12 @@ class WrappedModel(torch.nn.Module):
         """See ``metatomic.torch.ModelInterface``."""
         if len(systems) == 0:
             return self.ask(systems, outputs, selected_atoms)
-        if self.frames.needs_finite:
+        if not self.per_atom:
+            # Not even for fixed frames: copies are made of positions, and nothing would reach the strain of a cell.
             for system in systems:
                 if bool(system.pbc.any()):
                     raise ValueError(
-                        "this model is symmetrized around the centroid of a finite structure, and got one that is "
+                        "this model is symmetrized as a whole, around the centroid, and got a structure that is "
                         "periodic; wrap it with scope='atom' if it is local, or set pbc to False for a molecule in a "
                         "box"
                     )
