@@ -38,7 +38,7 @@ DIRECT: dict[str, tuple[str, OutputSpec]] = {
 }
 
 #: Optional fields of a batch that reach the calculator, and what they are called there: one number per atom.
-_INITIAL = {"initial_charges": "charges", "initial_magmoms": "magmoms"}
+_INITIAL = {keys.INITIAL_CHARGES: "charges", keys.INITIAL_MAGMOMS: "magmoms"}
 
 
 class ASEBackbone(Backbone):

@@ -10,8 +10,7 @@ from symmetrize import keys
 from symmetrize.errors import InvalidInputError
 
 #: Fields of a batch, one entry per structure, and what a structure has without them.
-CHARGE, SPIN_MULTIPLICITY = "charge", "spin_multiplicity"
-DEFAULTS = {CHARGE: 0, SPIN_MULTIPLICITY: 1}
+DEFAULTS = {keys.CHARGE: 0, keys.SPIN_MULTIPLICITY: 1}
 
 
 class SystemConditioning(nn.Module):
@@ -48,8 +47,8 @@ def read_condition(batch: Data, module: SystemConditioning) -> Tensor:
     ptr = batch.get(keys.PTR)
     n_structures = int(structure.max()) + 1 if ptr is None else ptr.shape[0] - 1
     limits = {
-        CHARGE: (-module.max_charge, module.max_charge),
-        SPIN_MULTIPLICITY: (1, module.max_spin_multiplicity),
+        keys.CHARGE: (-module.max_charge, module.max_charge),
+        keys.SPIN_MULTIPLICITY: (1, module.max_spin_multiplicity),
     }
     values = {}
     for name, (low, high) in limits.items():
@@ -67,4 +66,4 @@ def read_condition(batch: Data, module: SystemConditioning) -> Tensor:
                 f"built for, got {float(value[bad[0]]):g}"
             )
         values[name] = whole
-    return module(values[CHARGE], values[SPIN_MULTIPLICITY]).index_select(0, structure)
+    return module(values[keys.CHARGE], values[keys.SPIN_MULTIPLICITY]).index_select(0, structure)
