@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -44,6 +45,17 @@ class Copies(NamedTuple):
     target: Tensor
     center: Tensor
 
+    def rows(self, level: str) -> Tensor | None:
+        """Rows of the batch that the copies hold at a level, "atom" or "edge"; None for any other: all of them."""
+        return self.atom if level == "atom" else self.edge if level == "edge" else None
+
+    def gather(self, cache: Mapping[str, Tensor], levels: Mapping[str, str]) -> dict[str, Tensor]:
+        """Entries with the rows of the copies, where ``levels`` says what their rows are."""
+        rows = {name: self.rows(levels.get(name, "")) for name in cache}
+        return {
+            name: value if (row := rows[name]) is None else value.index_select(0, row) for name, value in cache.items()
+        }
+
 
 class Backbone(torch.nn.Module, ABC):
     """A model of point clouds that knows nothing about rotations.
@@ -68,6 +80,11 @@ class Backbone(torch.nn.Module, ABC):
 
     #: Whether ``prepare`` and ``forward_frames`` are implemented.
     shares_work: bool = False
+
+    #: Entries of the cache of `prepare` with a row per atom or per edge, as name -> "atom" or "edge": `forward_frames`
+    #: gets the rows of the copies instead of all. Large caches should be named here: the gradient of an entry that is
+    #: not costs as much as the whole entry in every call.
+    cache_rows: Mapping[str, str] = {}
 
     #: Atomic numbers that it knows; None: any.
     species: tuple[int, ...] | None = None
@@ -130,7 +147,7 @@ class Backbone(torch.nn.Module, ABC):
         Parameters
         ----------
         cache : dict of str to Tensor
-            What `prepare` returned.
+            What `prepare` returned; of entries in ``cache_rows`` the rows of the copied atoms or edges.
         edge_vec : Tensor of shape (n_copied_edges, 3)
             Where ``cutoff`` is None, the rotated positions of the copied atoms instead, (n_copied_atoms, 3).
         copies : Copies, optional

@@ -1,14 +1,11 @@
-"""Evaluating a backbone in rotated copies: the inputs of a copy, one chunk of copies, and bounded memory.
+"""Evaluating a backbone in rotated copies: what copies are made from, their inputs, what came back.
 
-A chunk is a pure function of differentiable inputs (positions, cells, edge vectors, what a backbone prepared) and of
-frames. It returns outputs rotated back and, where forces are wanted, the gradient of the energy with respect to those
-inputs. Gradients through frames, weights and neighbor lists are assembled once per batch by the caller, so that no
-chunk's graph has to stay alive.
+Everything here concerns one chunk of copies. Its inputs are rows gathered from the batch and from what the backbone
+prepared, so that the work for a chunk is proportional to what it holds, whatever the size of the batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +18,9 @@ from symmetrize.backbone import Backbone, Copies
 from symmetrize.errors import BackboneOutputError
 from symmetrize.ops.ragged import offsets
 from symmetrize.representations import OutputSpec
+
+#: Parameters that may be narrower than the positions: frames and rotations keep the precision of the latter.
+HALVES = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +35,8 @@ class Source:
         The differentiable inputs, by field name (generic backbones) or by cache entry (sharing ones).
     constants : dict of str to Tensor
         Cache entries that are not differentiable.
+    levels : dict of str to str
+        What the rows of an input or of a constant are: "atom", "edge" or "structure"; others are handed over whole.
     shared : bool
         Whether ``inputs`` and ``constants`` are the cache of a backbone that shares work between frames.
     """
@@ -42,7 +44,13 @@ class Source:
     batch: Data
     inputs: dict[str, Tensor]
     constants: dict[str, Tensor]
+    levels: dict[str, str]
     shared: bool
+
+    def rows(self, name: str, copies: Copies, structure: Tensor) -> Tensor | None:
+        """Rows of an input that copies of these structures hold, None for all of it."""
+        level = self.levels.get(name, "")
+        return structure if level == "structure" else copies.rows(level)
 
 
 def make_source(backbone: Backbone, batch: Data) -> Source:
@@ -52,42 +60,50 @@ def make_source(backbone: Backbone, batch: Data) -> Source:
         inputs = {name: value for name, value in cache.items() if value.is_floating_point()}
         constants = {name: value for name, value in cache.items() if name not in inputs}
         # What rotates: edge vectors, or the positions where no neighbor list is read.
-        geometry = keys.POS if backbone.cutoff is None else keys.EDGE_VEC
-        return Source(batch, {geometry: batch[geometry], **inputs}, constants, True)
-    names = [keys.POS, keys.CELL, keys.EDGE_VEC, *backbone.vectors]
-    return Source(batch, {name: batch[name] for name in names if batch.get(name) is not None}, {}, False)
+        geometry, level = (keys.POS, "atom") if backbone.cutoff is None else (keys.EDGE_VEC, "edge")
+        levels = {**backbone.cache_rows, geometry: level}
+        return Source(batch, {**inputs, geometry: batch[geometry]}, constants, levels, True)
+    levels = {keys.POS: "atom", keys.CELL: "structure", keys.EDGE_VEC: "edge"} | dict.fromkeys(backbone.vectors, "atom")
+    return Source(batch, {name: batch[name] for name in levels if batch.get(name) is not None}, {}, levels, False)
 
 
-def run_backbone(
-    backbone: Backbone, source: Source, inputs: dict[str, Tensor], copies: Copies, frames: Tensor, origins: Tensor
+def rotated_inputs(
+    backbone: Backbone, source: Source, inputs: dict[str, Tensor], copies: Copies, rotations: Tensor, origins: Tensor
 ) -> dict[str, Tensor]:
-    """Outputs of the backbone in local coordinates, ``x_local = F^T (x - origin)``."""
-    frames = frames.to(source.batch[keys.POS].dtype)
-    edge_vec = inputs.get(keys.EDGE_VEC)
-    if source.shared and edge_vec is None:
-        pos = inputs[keys.POS][copies.atom] - origins[copies.atom_copy]
-        pos = (pos[:, None, :] @ frames[copies.atom_copy])[:, 0]
-        cache = {name: value for name, value in inputs.items() if name != keys.POS} | source.constants
-        return backbone.forward_frames(cache, pos, copies)
-    if edge_vec is not None:
-        edge_vec = (edge_vec[copies.edge][:, None, :] @ frames[copies.edge_copy])[:, 0]
-        if source.shared:
-            cache = {name: value for name, value in inputs.items() if name != keys.EDGE_VEC} | source.constants
-            return backbone.forward_frames(cache, edge_vec, copies)
-    return backbone(_rotated_batch(backbone, source, inputs, copies, frames, origins, edge_vec))
+    """Gathered inputs in local coordinates, ``x_local = R^T (x - origin)``."""
+    local = dict(inputs)
+    rotations = rotations.to(source.batch[keys.POS].dtype)
+    if keys.POS in local:
+        local[keys.POS] = turned(local[keys.POS] - origins[copies.atom_copy], rotations, copies.atom_copy)
+    if keys.EDGE_VEC in local:
+        local[keys.EDGE_VEC] = turned(local[keys.EDGE_VEC], rotations, copies.edge_copy)
+    if source.shared:
+        return local
+    local[keys.CELL] = local[keys.CELL] @ rotations
+    for name, irreps in backbone.vectors.items():
+        local[name] = OutputSpec(irreps).rotate(local[name], rotations.transpose(1, 2), copies.atom_copy)
+    return local
 
 
-def _rotated_batch(
-    backbone: Backbone,
-    source: Source,
-    inputs: dict[str, Tensor],
-    copies: Copies,
-    frames: Tensor,
-    origins: Tensor,
-    edge_vec: Tensor | None,
-) -> Batch:
+def turned(vectors: Tensor, rotations: Tensor, copy: Tensor) -> Tensor:
+    """Every vector times the matrix of its copy, ``v^T R``: Tensor of shape (n, 3)."""
+    return (vectors[:, None, :] @ rotations.index_select(0, copy))[:, 0]
+
+
+def run_backbone(backbone: Backbone, source: Source, local: dict[str, Tensor], copies: Copies) -> dict[str, Tensor]:
+    """Outputs of the backbone in local coordinates."""
+    if backbone.dtype in HALVES:
+        local = {name: value.to(backbone.dtype) for name, value in local.items()}
+    if not source.shared:
+        return backbone(_local_batch(backbone, source, local, copies))
+    geometry = keys.POS if backbone.cutoff is None else keys.EDGE_VEC
+    cache = copies.gather(source.constants, source.levels)
+    return backbone.forward_frames({**local, **cache}, local[geometry], copies)
+
+
+def _local_batch(backbone: Backbone, source: Source, local: dict[str, Tensor], copies: Copies) -> Batch:
     batch, atom, copy = source.batch, copies.atom, copies.atom_copy
-    n_atoms, n_copies = batch[keys.POS].shape[0], frames.shape[0]
+    n_atoms, n_copies = batch[keys.POS].shape[0], local[keys.CELL].shape[0]
     first = torch.searchsorted(copy, torch.arange(n_copies, device=copy.device))
     structure = batch[keys.BATCH][atom[first]]
     fields: dict[str, Any] = {}
@@ -103,14 +119,10 @@ def _rotated_batch(
             value = value[structure]
         fields[name] = value
     counts = torch.bincount(copy, minlength=n_copies)
-    fields[keys.POS] = ((inputs[keys.POS][atom] - origins[copy])[:, None, :] @ frames[copy])[:, 0]
-    fields[keys.CELL] = inputs[keys.CELL][structure] @ frames
+    fields |= {name: local[name] for name in (keys.POS, keys.CELL, *backbone.vectors)}
     fields[keys.PBC] = batch[keys.PBC][structure]
-    for name, irreps in backbone.vectors.items():
-        inverse = frames.transpose(1, 2)
-        fields[name] = OutputSpec(irreps).rotate(inputs[name][atom], inverse, copy)
-    if edge_vec is not None:
-        fields[keys.EDGE_VEC] = edge_vec
+    if keys.EDGE_VEC in local:
+        fields[keys.EDGE_VEC] = local[keys.EDGE_VEC]
         fields[keys.EDGE_INDEX] = torch.stack([copies.source, copies.target])
         fields[keys.CELL_SHIFT] = batch[keys.CELL_SHIFT][copies.edge]
     fields[keys.CENTER_MASK] = copies.center
@@ -146,86 +158,3 @@ def check_outputs(backbone: Backbone, got: Any, copies: Copies, n_copies: int, b
             )
         checked[name] = value
     return checked
-
-
-#: A chunk: (differentiable tensors, keep the graph of gradients) -> (outputs, gradients).
-ChunkFunction = Callable[[list[Tensor], bool], tuple[list[Tensor], list[Tensor]]]
-
-
-def run_chunk(
-    function: ChunkFunction,
-    tensors: list[Tensor],
-    parameters: list[Tensor],
-    n_outputs: int,
-    *,
-    bounded: bool,
-    create_graph: bool,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Evaluate a chunk, either keeping its graph or, bounded, recomputing it in the backward pass."""
-    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in tensors + parameters)
-    if not (bounded and differentiable):
-        return function(tensors, create_graph)
-    flat = _Recomputed.apply(function, create_graph, len(tensors), *tensors, *parameters)
-    return list(flat[:n_outputs]), list(flat[n_outputs:])
-
-
-class _Recomputed(torch.autograd.Function):
-    """A chunk whose graph, gradients included, lives only while it is evaluated.
-
-    `torch.utils.checkpoint` frees activations after the first backward pass, but the gradient inside the chunk (the
-    forces) would keep them for a second one. Here the forward pass returns outputs and gradients as plain numbers, and
-    the backward pass evaluates the chunk again with a graph and differentiates both.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, function: ChunkFunction, create_graph: bool, n_tensors: int, *tensors: Tensor
-    ) -> tuple[Tensor, ...]:
-        ctx.function, ctx.create_graph, ctx.n_tensors = function, create_graph, n_tensors
-        device = tensors[0].device.type
-        ctx.devices = [tensors[0].device] if device == "cuda" else []
-        ctx.random_state = torch.get_rng_state()
-        ctx.device_state = torch.cuda.get_rng_state(tensors[0].device) if device == "cuda" else None
-        ctx.autocast = {
-            "device_type": device,
-            "enabled": torch.is_autocast_enabled(device),
-            "dtype": torch.get_autocast_dtype(device),
-        }
-        ctx.save_for_backward(*tensors)
-        with torch.no_grad():
-            plain = [t.detach().requires_grad_(t.requires_grad) for t in tensors[:n_tensors]]
-            outputs, gradients = function(plain, False)
-        return tuple(outputs) + tuple(gradients)
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        again = torch.is_grad_enabled()
-        tensors, parameters = ctx.saved_tensors[: ctx.n_tensors], ctx.saved_tensors[ctx.n_tensors :]
-        # Cut off from what they were computed from: the gradients wanted here are partial ones.
-        tensors = [t.view_as(t) if again else t.detach().requires_grad_(t.requires_grad) for t in tensors]
-        # As it was in the forward pass: random numbers (dropout) and mixed precision.
-        with torch.enable_grad(), torch.random.fork_rng(devices=ctx.devices), torch.autocast(**ctx.autocast):
-            torch.set_rng_state(ctx.random_state)
-            if ctx.device_state is not None:
-                torch.cuda.set_rng_state(ctx.device_state, tensors[0].device)
-            outputs, gradients = ctx.function(list(tensors), ctx.create_graph)
-        results = [
-            (result, cotangent)
-            for result, cotangent in zip([*outputs, *gradients], cotangents, strict=True)
-            if cotangent is not None and result.requires_grad
-        ]
-        wanted = [t for t in (*tensors, *parameters) if t.requires_grad]
-        found: list[Tensor | None] = [None] * len(wanted)
-        if results and wanted:
-            found = list(
-                torch.autograd.grad(
-                    [result for result, _ in results],
-                    wanted,
-                    [cotangent for _, cotangent in results],
-                    allow_unused=True,
-                    create_graph=again,
-                )
-            )
-        iterator = iter(found)
-        returned = [next(iterator) if t.requires_grad else None for t in (*tensors, *parameters)]
-        return (None, None, None, *returned)

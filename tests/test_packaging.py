@@ -31,6 +31,7 @@ RUNGS = {
     "copies": 3,
     "plan": 3,
     "evaluation": 3,
+    "weighted_sum": 3,
     "averaging": 3,
     "symmetrizer": 3,
     "registry": 4,

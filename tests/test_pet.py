@@ -183,6 +183,7 @@ def test_whole_copies_equal_rotated_batches(blocks, make):
         target=torch.cat([batch.edge_index[1], batch.edge_index[1] + n_atoms]),
         center=torch.ones(2 * n_atoms, dtype=torch.bool),
     )
+    cache = copies.gather(cache, model.cache_rows)
     both = model.forward_frames(cache, torch.cat([edge_vec, edge_vec @ rotation]), copies)["energy"]
     rotated = copy.copy(batch)
     rotated["edge_vec"] = edge_vec @ rotation
@@ -220,7 +221,8 @@ def test_environments_equal_rows_of_the_batch(blocks):
         offset += len(atom)
     empty = [torch.zeros(0, dtype=torch.int64)]
     copies = Copies(**{name: torch.cat(value or empty) for name, value in pieces.items()})
-    local = model.forward_frames(model.prepare(batch), batch.edge_vec[copies.edge], copies)["energy"]
+    cache = copies.gather(model.prepare(batch), model.cache_rows)
+    local = model.forward_frames(cache, batch.edge_vec[copies.edge], copies)["energy"]
     torch.testing.assert_close(local, everything, rtol=1e-12, atol=1e-13)
 
 

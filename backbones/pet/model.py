@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -52,6 +52,15 @@ class PET(Backbone):
     """
 
     shares_work = True
+
+    cache_rows: Mapping[str, str] = {
+        "species": "atom",
+        "condition": "atom",
+        "inverse_volume": "atom",
+        "neighbor_species": "edge",
+        "edge_scalars": "edge",
+        "repulsion": "edge",
+    }
 
     adapter = "pet"
 
@@ -175,26 +184,19 @@ class PET(Backbone):
     ) -> dict[str, Tensor]:
         """Outputs of copies of what was prepared; see `Backbone.forward_frames`."""
         species, condition = cache["species"], cache.get("condition")
-        pairs, inverse_volume = cache.get("repulsion"), cache.get("inverse_volume")
+        scalars, neighbors = cache["edge_scalars"], cache["neighbor_species"]
+        pairs, inverse_volume, reverse = cache.get("repulsion"), cache.get("inverse_volume"), cache["reverse"]
         if copies is None:
-            scalars, neighbors = cache["edge_scalars"], cache["neighbor_species"]
-            source, target, reverse, center = cache["source"], cache["target"], cache["reverse"], cache["center"]
-            atom = None if bool(center.all()) else torch.nonzero(center).view(-1)
+            source, target, center = cache["source"], cache["target"], cache["center"]
         else:
             edge, target, center, source = copies.edge, copies.target, copies.center, copies.source
-            atom = copies.atom if bool(center.all()) else copies.atom[center]
-            species = species.index_select(0, copies.atom)
-            condition = None if condition is None else condition.index_select(0, copies.atom)
-            scalars = cache["edge_scalars"].index_select(0, edge)
-            neighbors = cache["neighbor_species"].index_select(0, edge)
-            pairs = None if pairs is None else pairs.index_select(0, edge)
-            reverse = cache["reverse"]
             if self.network.n_exchanges > 0:
                 n_edges = cache["target"].shape[0]
                 partner = reverse.index_select(0, edge)
                 first = copies.edge_copy * n_edges
                 wanted = torch.where(partner < 0, partner, first + partner)
                 reverse = find(first + edge, wanted, torch.arange(edge.shape[0], device=edge.device))
+        everything = bool(center.all())
         # Of the edges of a copy: a center alone feels none.
         repulsion = None if pairs is None else segment_sum(pairs, target, species.shape[0])
         if bool((target[1:] < target[:-1]).any()):
@@ -219,9 +221,9 @@ class PET(Backbone):
         return assemble(
             values,
             self._layout,
-            factor.index_select(0, species if bool(center.all()) else species[center]),
-            repulsion if repulsion is None or bool(center.all()) else repulsion[center],
-            inverse_volume if inverse_volume is None or atom is None else inverse_volume.index_select(0, atom),
+            factor.index_select(0, species if everything else species[center]),
+            repulsion if repulsion is None or everything else repulsion[center],
+            inverse_volume if inverse_volume is None or everything else inverse_volume[center],
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:

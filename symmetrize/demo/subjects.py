@@ -76,7 +76,7 @@ class _Interaction(Backbone):
             vectors=backbone.vectors,
         )
         self.backbone = backbone
-        self.shares_work = backbone.shares_work
+        self.shares_work, self.cache_rows = backbone.shares_work, backbone.cache_rows
 
     @property
     def oriented_field(self) -> int | None:
