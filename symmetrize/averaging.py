@@ -11,7 +11,7 @@ from torch_geometric.data import Data
 from symmetrize import keys
 from symmetrize.copies import copy_structures, edge_offsets
 from symmetrize.data import replace, with_neighbors
-from symmetrize.evaluation import check_outputs, make_source
+from symmetrize.evaluation import call_size, check_outputs, make_source
 from symmetrize.frames import FrameSet, Stratum
 from symmetrize.ops.ragged import segment_sum
 from symmetrize.representations import OutputSpec
@@ -21,11 +21,13 @@ if TYPE_CHECKING:
     from symmetrize.symmetrizer import Symmetrizer
 
 
-def chunk_limit(chunk_size: int | None, device: torch.device) -> int:
-    """Atoms, rotated copies included, in one call of the backbone."""
-    if chunk_size is not None:
-        return chunk_size
-    return 1024 if device.type == "cpu" else 16384
+def chunk_limit(model: Symmetrizer, graph: Data) -> int:
+    """Atoms, rotated copies included, in one call of the backbone (see `symmetrize.evaluation.call_size`)."""
+    pos, edges = graph[keys.POS], graph.get(keys.EDGE_INDEX)
+    stars = model.scope == "atom" and (model.backbone.oriented_field or 0) <= 1
+    n_edges = 0 if edges is None else edges.shape[1]
+    listed = model.backbone.cutoff is not None
+    return call_size(model.chunk_size or 0, pos.shape[0], n_edges, stars, listed, pos.device.type == "cpu")
 
 
 class Average:
@@ -45,7 +47,7 @@ class Average:
         self.weights = frames.normalized_weights
         self.n_structures = graph[keys.PTR].shape[0] - 1
         source = make_source(self.backbone, graph)
-        limit = chunk_limit(model.chunk_size, graph[keys.POS].device)
+        limit = chunk_limit(model, graph)
         self.sum = WeightedSum(self.backbone, source, frames, model.group, energy, limit, spread)
         self.sums: dict[str, Tensor] = {}
         # The weighted energy as a function of these, and its gradient with respect to each.

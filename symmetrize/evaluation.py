@@ -23,6 +23,33 @@ from symmetrize.representations import OutputSpec
 HALVES = (torch.bfloat16, torch.float16)
 
 
+def call_size(chunk_size: int, n_atoms: int, n_edges: int, stars: bool, listed: bool, on_cpu: bool) -> int:
+    """Atoms, rotated copies included, in one call of the backbone.
+
+    By default a call holds about 4096 atoms and edges on a CPU, where smaller calls are dominated by their overhead
+    and larger ones leave the caches, and 131072 elsewhere.
+
+    Parameters
+    ----------
+    chunk_size : int
+        What the user wants, 0 for the default.
+    n_atoms, n_edges : int
+        Of the batch.
+    stars : bool
+        Whether copies hold centers and their neighbors, whose own edges are not evaluated.
+    listed : bool
+        Whether the backbone reads a neighbor list. One that does not is taken for one of three neighbors per atom.
+    on_cpu : bool
+    """
+    if chunk_size > 0:
+        return chunk_size
+    size = 4096 if on_cpu else 131072
+    if stars:
+        return size
+    per_atom = 1.0 + n_edges / n_atoms if listed else 4.0
+    return max(1, int(size / per_atom))
+
+
 @dataclass(frozen=True, eq=False)
 class Source:
     """What copies are made from.

@@ -36,7 +36,7 @@ class Symmetrizer(torch.nn.Module):
         from declarations, and never by the data.
     chunk_size : int, optional
         Atoms per call of the backbone, rotated copies included. Memory grows with it and not with the number of
-        frames. By default 1024 on a CPU, where larger calls are hardly faster, and 16384 elsewhere.
+        frames. By default such that a call holds about 4096 atoms and edges on a CPU, 131072 elsewhere.
 
     Notes
     -----
@@ -174,7 +174,7 @@ class Symmetrizer(torch.nn.Module):
             graph = self._with_edges(self._checked(batch))
             frames = self._frames(graph, None)
             hops = self.backbone.oriented_field if self.scope == "atom" else None
-            limit = chunk_limit(self.chunk_size, graph[keys.POS].device)
+            limit = chunk_limit(self, graph)
             return make_plan(graph, frames, hops, limit, self.group)
 
     def extra_repr(self) -> str:

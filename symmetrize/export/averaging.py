@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from symmetrize.copies import environment_sizes, gather_environments, gather_structures, packed
+from symmetrize.evaluation import call_size
 from symmetrize.export.rotating import Representation
 from symmetrize.ops.ragged import offsets, segment_sum
 
@@ -34,13 +35,6 @@ def first_order(tensor: Tensor, gradient: Tensor, row: Tensor, n_rows: int) -> T
 def or_zeros(gradient: Tensor | None, like: Tensor) -> Tensor:
     """A gradient, zeros where there is none."""
     return torch.zeros_like(like) if gradient is None else gradient
-
-
-def chunk_limit(chunk_size: int, device: torch.device) -> int:
-    """Atoms in the copies of one call: as `symmetrize.averaging.chunk_limit`, 0 standing for None."""
-    if chunk_size > 0:
-        return chunk_size
-    return 1024 if device.type == "cpu" else 16384
 
 
 class WithCell(torch.nn.Module):
@@ -192,7 +186,9 @@ class Average(torch.nn.Module):
         n_rows = n_atoms if derivative == 2 else n_structures
         change = torch.zeros(n_rows, dtype=torch.float64, device=pos.device)
 
-        limit = chunk_limit(self.chunk_size, pos.device)
+        stars = self.per_atom and self.hops <= 1
+        n_edges = edge_index.shape[1]
+        limit = call_size(self.chunk_size, n_atoms, n_edges, stars, n_edges > 0, pos.device.type == "cpu")
         for invariant in [False, True]:
             chosen = (((stratum == 2) == invariant) & (weights > 0.0)).nonzero()[:, 0]
             hops = 0 if invariant else self.hops
@@ -253,7 +249,6 @@ class Average(torch.nn.Module):
                         by_origin[frame] = or_zeros(gradients[3], shifts)
                         if derivative == 2:
                             # An edge can be part of the environments of several atoms, with a gradient for each.
-                            n_edges = edge_index.shape[1]
                             pair, inverse = torch.unique(own[edge_copy] * n_edges + edge, return_inverse=True)
                             total = segment_sum(edge_gradient, inverse, pair.shape[0])
                             if n_edges > 0:
@@ -262,8 +257,8 @@ class Average(torch.nn.Module):
                             total = segment_sum(point_gradient, inverse, pair.shape[0])
                             change = change + first_order(pos[pair % n_atoms], total, pair // n_atoms, n_rows)
                         else:
-                            by_edge = by_edge.index_add(0, edge, edge_gradient)
-                            by_pos = by_pos.index_add(0, atom, point_gradient)
+                            by_edge.index_add_(0, edge, edge_gradient)
+                            by_pos.index_add_(0, atom, point_gradient)
 
         if derivative > 0:
             row = owner if derivative == 2 or not self.per_atom else structure[owner]

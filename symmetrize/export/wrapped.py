@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from symmetrize.copies import packed
-from symmetrize.export.averaging import chunk_limit, first_order, or_zeros
+from symmetrize.export.averaging import first_order, or_zeros
 from symmetrize.export.blocks import flat_atoms, flat_edges, mask_of
 from symmetrize.export.generic import BlockRotation
 from symmetrize.ops.ragged import offsets, segment_sum
@@ -129,7 +129,9 @@ class WrappedModel(torch.nn.Module):
         sums: Dict[str, Tensor] = {}  # noqa: UP006
         shapes: Dict[str, TensorMap] = {}  # noqa: UP006
 
-        limit = chunk_limit(self.chunk_size, pos.device)
+        limit = self.chunk_size
+        if limit == 0:
+            limit = 1024 if pos.device.type == "cpu" else 16384
         for invariant in [False, True]:
             chosen = (((stratum == 2) == invariant) & (weights > 0.0)).nonzero()[:, 0]
             if self.per_atom:
