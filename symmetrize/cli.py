@@ -140,13 +140,26 @@ def train(config: Path, output: Path | None, data: Path | None, epochs: int | No
 @click.option("--stress", is_flag=True, help="Also the stress (periodic structures).")
 @click.option("--spread", is_flag=True, help="Also the spread of the energy over the frames.")
 @click.option("--dtype", type=click.Choice(["float64", "float32"]), default="float64", show_default=True)
-@click.option("--device", default="cpu", show_default=True, help="Such as cuda.")
+@click.option("--device", "--accelerator", default="cpu", show_default=True, help="cpu, cuda, cuda:1 or auto.")
+@click.option("--devices", default="1", show_default=True, help="How many (auto: all), or which, such as 0,2.")
+@click.option(
+    "--strategy",
+    type=click.Choice(["auto", "ddp", "ddp_spawn"]),
+    default="auto",
+    show_default=True,
+    help="How Lightning starts a process for each of several devices.",
+)
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Structures at a time.")
+@click.option("--max-atoms", type=click.IntRange(min=1), default=4096, show_default=True, help="Atoms at a time.")
 @click.option("--output", type=click.Path(path_type=Path), help="Write structures with predictions (extxyz).")
+@click.option("--restart", is_flag=True, help="Start anew even if an interrupted run left parts beside OUTPUT.")
 @click.option("--explain", is_flag=True, help="Print what it would take, and stop.")
 @_friendly
 def evaluate(structures: Path, **options: Any) -> None:
-    """Energies and forces of STRUCTURES (any format of ASE), with errors where the file holds references."""
+    """Energies and forces of STRUCTURES (any format of ASE), with errors where the file holds references.
+
+    A run with --output that was killed goes on where it was when it is repeated.
+    """
     from symmetrize.evaluate import evaluate_file
 
     evaluate_file(structures, echo=click.echo, **options)

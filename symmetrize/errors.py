@@ -38,6 +38,10 @@ class MissingDependencyError(SymmetrizeError, ImportError):
     """An optional library is needed; the message holds the command that installs it."""
 
 
+class CostWarning(UserWarning):
+    """Something will take much more time or memory than it has to."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Suffix for an error about an unknown name: the nearest known ones, or all of them."""
     known = sorted(known)
