@@ -22,12 +22,28 @@ from torch import Tensor
 
 from symmetrize import keys
 from symmetrize.backbone import Backbone, Copies
-from symmetrize.copies import copy_environments, copy_stars, copy_structures, divide, edge_offsets
+from symmetrize.copies import copied_sizes, copy_environments, copy_stars, copy_structures, divide, edge_offsets
+from symmetrize.equivalence import (
+    N_NUMBERS,
+    Merge,
+    Table,
+    averaged,
+    candidates,
+    classes,
+    correspondence,
+    pack_classes,
+    reduced,
+    symmetric_owners,
+    tabulate,
+)
 from symmetrize.evaluation import Source, check_outputs, rotated_inputs, run_backbone
-from symmetrize.frames import FrameSet
+from symmetrize.frames import FrameSet, Stratum
 
 # Suffix of the per-copy reduced values of an output, for their spread.
 REDUCED = " reduced"
+
+# Copies of equal environments that are gathered for one call, as a multiple of what it evaluates.
+MEMBERS = 16
 
 
 class Chunk(NamedTuple):
@@ -37,8 +53,17 @@ class Chunk(NamedTuple):
     copies: Copies
     invariant: bool  # the point stratum: only the invariant part of the outputs counts
     structure: Tensor  # that each copy belongs to, (n_copies,)
+    number: Tensor | None  # supposed class of each copy, among those that are evaluated together
     row_copy: dict[str, Tensor]  # for the rows of each output: the copy that they come from,
     row_target: dict[str, Tensor]  # and the row of the result that they add to
+
+
+class Part(NamedTuple):
+    """Frames that are evaluated in one call, and the class that each is supposed to be in."""
+
+    frame: Tensor
+    invariant: bool
+    number: Tensor | None = None
 
 
 class WeightedSum:
@@ -77,9 +102,17 @@ class WeightedSum:
         self.inputs = list(source.inputs)
         self.parameters: list[Tensor] = [p for p in backbone.parameters() if p.requires_grad]
         hops = backbone.oriented_field
-        self.parts = [(frame, invariant) for frame, _, invariant in divide(self.batch, frames, hops, limit)]
+        self.parts = [Part(frame, invariant) for frame, _, invariant in divide(self.batch, frames, hops, limit)]
+        self.limit = limit
+        # A strictly local backbone that shares work is given centers with their edges.
+        self.stars = frames.scope == "atom" and backbone.shares_work and (hops or 0) <= 1
         # Once per batch: every chunk looks up its edges here.
         self.edge_ptr = edge_offsets(self.batch)
+        # Differences in local coordinates that rounding of positions and lattice vectors makes.
+        size = (
+            torch.cat([self.batch[keys.POS].detach().flatten(), self.batch[keys.CELL].detach().flatten()]).abs().max()
+        )
+        self.tolerance = 32.0 * torch.finfo(size.dtype).eps * max(1.0, float(size))
         self.collect = collect
         self.collected: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = defaultdict(list)
 
@@ -89,7 +122,9 @@ class WeightedSum:
         wanted = [t for t in tensors if t.requires_grad]
         differentiable = torch.is_grad_enabled() and bool(wanted or self.parameters)
         if not differentiable or (self.energy is not None and not create_graph):
-            sums, gradients = self.in_turns(tensors)
+            with torch.no_grad():
+                classes = self._classes(tensors)
+            sums, gradients = self.in_turns(tensors, classes)
         elif len(self.parts) == 1:
             sums, gradients = self.together(tensors)
         else:
@@ -98,12 +133,12 @@ class WeightedSum:
         pairs = list(zip(wanted, gradients, strict=True)) if self.energy is not None else []
         return dict(zip(self.names, sums, strict=True)), pairs
 
-    def in_turns(self, tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    def in_turns(self, tensors: list[Tensor], parts: list[Part] | None = None) -> tuple[list[Tensor], list[Tensor]]:
         """Sums, and gradients with respect to the tensors that require one, as plain numbers."""
         sums = self._zeros()
         wanted = [n for n, t in enumerate(tensors) if t.requires_grad] if self.energy is not None else []
         gradients = {n: torch.zeros_like(tensors[n]) for n in wanted}
-        for chunk in self._chunks():
+        for chunk in self._chunks(parts):
             rows = self._rows(chunk)
             local = _leaves(tensors, rows)
             with torch.set_grad_enabled(self.energy is not None):
@@ -181,8 +216,51 @@ class WeightedSum:
             for spec in self.backbone.outputs.values()
         ]
 
-    def _chunks(self) -> Iterator[Chunk]:
-        for frame, invariant in self.parts:
+    def _classes(self, tensors: list[Tensor]) -> list[Part] | None:
+        """Calls in which copies that look the same are together, None where no two do."""
+        backbone, source, frames = self.backbone, self.source, self.frames
+        if sum(part.frame.shape[0] for part in self.parts) < 2:
+            return None
+        comparable = candidates(backbone, source, self.stars)
+        if comparable is None:
+            return None
+        likely = symmetric_owners(self.batch, frames.scope, comparable, self.tolerance)[frames.owner]
+        parts = _some(self.parts, likely)
+        # Copies of one structure and stratum are compared, all others are of a kind of their own.
+        structure = frames.owner if frames.scope == "structure" else self.batch[keys.BATCH][frames.owner]
+        number = 2 * structure + (frames.stratum == int(Stratum.POINT))
+        alone = torch.arange(frames.n_frames, device=number.device) + 2 * comparable.shape[0]
+        number = torch.where(likely, number, alone)
+        # One number tells nearly all copies apart; the others are looked at more closely.
+        for n_numbers in (1, N_NUMBERS):
+            if not parts:
+                return None
+            frame, fingerprint = [], []
+            for chunk in self._chunks(parts):
+                frame.append(chunk.frame)
+                table = self._table(_leaves(tensors, self._rows(chunk)), chunk)
+                fingerprint.append(table.fingerprint(n_numbers))
+            found = torch.cat(frame)
+            its = classes(torch.cat(fingerprint), number[found], 16.0 * self.tolerance)
+            number[found] = its + int(number.max()) + 1
+            tied = torch.zeros_like(number, dtype=torch.bool)
+            tied[found] = (torch.bincount(its) > 1)[its]
+            parts = _some(parts, tied)
+        if not parts:
+            return None
+        out = []
+        for invariant in (False, True):
+            chosen = [part.frame for part in self.parts if part.invariant == invariant]
+            if chosen:
+                frame_of = torch.cat(chosen)
+                hops = 0 if invariant else backbone.oriented_field
+                sizes = copied_sizes(self.batch, frames.owner[frame_of], frames.scope, hops)
+                packed = pack_classes(number[frame_of], sizes, self.limit, MEMBERS)
+                out += [Part(frame_of[rows], invariant, number[frame_of[rows]]) for rows in packed]
+        return out
+
+    def _chunks(self, parts: list[Part] | None = None) -> Iterator[Chunk]:
+        for frame, invariant, number in self.parts if parts is None else parts:
             owner = self.frames.owner[frame]
             copies = self._copies(owner, invariant)
             structure = owner if self.frames.scope == "structure" else self.batch[keys.BATCH][owner]
@@ -191,13 +269,13 @@ class WeightedSum:
             specs = self.backbone.outputs
             rows = {name: atoms if spec.per == "atom" else structures for name, spec in specs.items()}
             row_copy, row_target = ({name: pair[side] for name, pair in rows.items()} for side in (0, 1))
-            yield Chunk(frame, copies, invariant, structure, row_copy, row_target)
+            yield Chunk(frame, copies, invariant, structure, number, row_copy, row_target)
 
     def _copies(self, owner: Tensor, invariant: bool) -> Copies:
         if self.frames.scope == "structure":
             return copy_structures(self.batch, self.edge_ptr, owner)
         hops = 0 if invariant else int(self.backbone.oriented_field or 0)
-        if self.backbone.shares_work and hops <= 1:
+        if self.stars:
             stars = copy_stars(self.edge_ptr, owner)
             if not invariant:
                 return stars
@@ -212,15 +290,39 @@ class WeightedSum:
 
     def _outputs(self, local: list[Tensor], chunk: Chunk) -> dict[str, Tensor]:
         """Outputs of the copies of a chunk, rotated back."""
-        backbone, source, copies = self.backbone, self.source, chunk.copies
-        rotations, origins = local[-3], local[-2]
-        inputs = dict(zip(self.inputs, local[:-3], strict=True))
-        inputs = rotated_inputs(backbone, source, inputs, copies, rotations, origins)
-        got = run_backbone(backbone, source, inputs, copies)
-        outputs = check_outputs(backbone, got, copies, chunk.frame.shape[0], self.batch)
+        backbone, copies, rotations, weights = self.backbone, chunk.copies, local[-3], local[-1]
+        inputs = self._local(local, chunk)
+        if chunk.number is None:
+            got = run_backbone(backbone, self.source, inputs, copies)
+            outputs = check_outputs(backbone, got, copies, chunk.frame.shape[0], self.batch)
+        else:
+            merged = self._merge(chunk, chunk.number, local)
+            inputs = averaged(self.source, inputs, copies, weights, merged)
+            got = run_backbone(backbone, self.source, inputs, merged.copies)
+            got = check_outputs(backbone, got, merged.copies, merged.chosen.shape[0], self.batch)
+            outputs = {name: got[name][merged.output_rows(copies, spec.per)] for name, spec in backbone.outputs.items()}
         if chunk.invariant:
             return {n: spec.project_invariant(outputs[n], self.group) for n, spec in backbone.outputs.items()}
         return {n: spec.rotate(outputs[n], rotations, chunk.row_copy[n]) for n, spec in backbone.outputs.items()}
+
+    def _local(self, local: list[Tensor], chunk: Chunk) -> dict[str, Tensor]:
+        """Inputs of the copies of a chunk in local coordinates."""
+        inputs = dict(zip(self.inputs, local[:-3], strict=True))
+        return rotated_inputs(self.backbone, self.source, inputs, chunk.copies, local[-3], local[-2])
+
+    def _table(self, local: list[Tensor], chunk: Chunk) -> Table:
+        return tabulate(self.source, self._local(local, chunk), chunk.copies, local[-3], local[-2], self.stars)
+
+    def _merge(self, chunk: Chunk, number: Tensor, local: list[Tensor]) -> Merge:
+        copies = chunk.copies
+        with torch.no_grad():
+            table = self._table(local, chunk)
+            representative, atom, edge = correspondence(
+                table, torch.unique(number, return_inverse=True)[1], copies, self.tolerance, self.stars
+            )
+            chosen = (representative == torch.arange(chunk.frame.shape[0], device=number.device)).nonzero()[:, 0]
+            smaller = self._copies(self.frames.owner[chunk.frame[chosen]], chunk.invariant)
+            return reduced(representative, copies, atom, edge, smaller)
 
     def _energy(self, outputs: dict[str, Tensor], local: list[Tensor], chunk: Chunk) -> Tensor:
         name = str(self.energy)
@@ -311,6 +413,12 @@ def _differentiated(
     iterator = iter(found)
     everything = [next(iterator) if t.requires_grad else None for t in (*tensors, *parameters)]
     return everything[: len(tensors)], everything[len(tensors) :]
+
+
+def _some(parts: list[Part], frames: Tensor) -> list[Part]:
+    """What is left of calls if only some frames are evaluated."""
+    left = [Part(part.frame[frames[part.frame]], part.invariant) for part in parts]
+    return [part for part in left if part.frame.shape[0]]
 
 
 def _leaves(tensors: list[Tensor], rows: list[Tensor | None]) -> list[Tensor]:
