@@ -13,7 +13,19 @@ from benchmarks.datasets import load
 from benchmarks.record import Result, Setting, provenance, save
 
 #: One module of this package each, with a function ``run(setting) -> Result``.
-NAMES = ("evaluations", "smoothness", "memory", "overhead", "scaling")
+NAMES = (
+    "frames",
+    "overhead",
+    "evaluations",
+    "steepness",
+    "smoothness",
+    "scaling",
+    "memory",
+    "deep",
+    "training",
+    "pet_throughput",
+    "compiled",
+)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -26,14 +38,26 @@ NAMES = ("evaluations", "smoothness", "memory", "overhead", "scaling")
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     help="Folder with public data sets, see benchmarks/README.md.",
 )
+@click.option(
+    "--pet-source",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Clone of github.com/spozdn/pet, the proof of concept of ECSE.",
+)
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--profile", type=click.Choice(["small", "full"]), default="small", show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--quiet", is_flag=True, help="No progress bars.")
 def main(
-    names: tuple[str, ...], output: Path, data: Path | None, device: str, profile: str, threads: int, quiet: bool
+    names: tuple[str, ...],
+    output: Path,
+    data: Path | None,
+    pet_source: Path | None,
+    device: str,
+    profile: str,
+    threads: int,
+    quiet: bool,
 ) -> None:
-    """Measure NAMEs (by default all): evaluations, smoothness, memory, overhead, scaling."""
+    """Measure NAMEs, by default all: see benchmarks/README.md."""
     torch.set_num_threads(threads)
     try:
         place = torch.empty(0, device=device).device
@@ -41,7 +65,9 @@ def main(
         raise click.ClickException(f"--device {device}: {str(error).splitlines()[0]}") from error
     datasets, absent = load(data, profile == "full")
     # Without --data nothing was asked for that could be absent.
-    setting = Setting(datasets, absent if data is not None else [], place, profile == "full", threads, not quiet)
+    setting = Setting(
+        datasets, absent if data is not None else [], place, profile == "full", threads, not quiet, pet_source
+    )
     if setting.absent:
         click.echo(f"not found in {data}, skipped: {', '.join(setting.absent)}", err=True)
     origin = provenance(setting)

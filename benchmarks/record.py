@@ -101,6 +101,8 @@ class Setting:
         The profile: all structures, longer series.
     threads : int
     progress : bool
+    pet_source : Path, optional
+        A clone of github.com/spozdn/pet, the proof of concept of ECSE.
     """
 
     datasets: dict[str, list[Atoms]]
@@ -109,6 +111,7 @@ class Setting:
     full: bool
     threads: int
     progress: bool
+    pet_source: Path | None = None
 
     def bar(self, items: Sequence[Any], what: str) -> Iterator[Any]:
         """The items, with a progress bar."""

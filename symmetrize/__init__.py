@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from symmetrize.methods.ecse import ECSE
     from symmetrize.methods.group_averaging import GroupAveraging
     from symmetrize.methods.identity import Identity
+    from symmetrize.methods.sampled import SampledFrames
     from symmetrize.registry import list_backbones, load_backbone
     from symmetrize.representations import OutputSpec
     from symmetrize.storage import load, save
@@ -50,6 +51,7 @@ _HOME = {
     "MissingDependencyError": "symmetrize.errors",
     "NoFrameError": "symmetrize.errors",
     "OutputSpec": "symmetrize.representations",
+    "SampledFrames": "symmetrize.methods.sampled",
     "SymmetrizeError": "symmetrize.errors",
     "Symmetrizer": "symmetrize.symmetrizer",
     "UnknownSpeciesError": "symmetrize.errors",
@@ -77,6 +79,7 @@ __all__ = [
     "MissingDependencyError",
     "NoFrameError",
     "OutputSpec",
+    "SampledFrames",
     "SymmetrizeError",
     "Symmetrizer",
     "UnknownSpeciesError",

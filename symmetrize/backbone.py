@@ -206,9 +206,20 @@ class Backbone(torch.nn.Module, ABC):
             f"{type(self).__name__}: cannot be exported, since it has no scriptable form (see Backbone.scriptable)"
         )
 
+    def compilable(self) -> list[torch.nn.Module]:
+        """Modules whose calls ``torch.compile`` can take over for inference (see `Symmetrizer.compile`).
+
+        Each takes and returns plain tensors, with no operation whose shape depends on values and no Python decision on
+        them; what surrounds it (neighbor lists, ragged rows) stays as it is. By default there are none.
+        """
+        return []
+
     @property
     def dtype(self) -> torch.dtype:
-        """Precision of the parameters, which is what the positions have to have (float64 without parameters)."""
+        """Precision of the parameters (float64 without parameters).
+
+        Positions have to have the same, except that those of a bfloat16 or float16 network are float32 or float64.
+        """
         return next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float64)
 
     def extra_repr(self) -> str:

@@ -71,38 +71,133 @@ def gather_environments(
     edge_index: Tensor, edge_ptr: Tensor, n_atoms: int, centers: Tensor, hops: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`copy_environments` in plain tensors, for TorchScript: all fields of `Copies` but the last."""
-    # A pair (copy, atom) is one integer; sorted pairs are grouped by copy and ascending by atom.
-    pairs = torch.arange(centers.shape[0], device=centers.device) * n_atoms + centers
-    inner = pairs[:0]
-    for _ in range(hops):
-        inner = pairs
-        edge, pick = gather_rows(edge_ptr, inner % n_atoms)
-        reached = (inner // n_atoms)[pick] * n_atoms + edge_index[0, edge]
-        pairs = torch.unique(torch.cat([inner, reached]))
+    # The frames of one atom see the same environment: where they are neighbors, it is looked for once, and repeated.
+    # (A single hop is found as quickly as it is repeated.)
+    owners, which = centers, centers
+    if hops > 1:
+        owners, which = torch.unique_consecutive(centers, return_inverse=True)
+    shells = reach(edge_index, edge_ptr, n_atoms, owners, hops)
+    pairs, inner = shells[-1], shells[-2] if hops > 0 else shells[0][:0]
     edge, pick = gather_rows(edge_ptr, inner % n_atoms)
-    edge_copy = (inner // n_atoms)[pick]
     atom, atom_copy = pairs % n_atoms, pairs // n_atoms
-    source = torch.searchsorted(pairs, edge_copy * n_atoms + edge_index[0, edge])
-    target = torch.searchsorted(pairs, edge_copy * n_atoms + edge_index[1, edge])
-    return atom, edge, atom_copy, edge_copy, source, target
+    edge_copy = (inner // n_atoms).index_select(0, pick)
+    source = torch.searchsorted(pairs, edge_copy * n_atoms + edge_index[0].index_select(0, edge))
+    target = torch.searchsorted(pairs, inner).index_select(0, pick)
+    if owners.shape[0] == centers.shape[0]:
+        return atom, edge, atom_copy, edge_copy, source, target
+    first_atom = offsets(torch.bincount(atom_copy, minlength=owners.shape[0]))
+    first_edge = offsets(torch.bincount(edge_copy, minlength=owners.shape[0]))
+    row, atom_copy = gather_rows(first_atom, which)
+    item, edge_copy = gather_rows(first_edge, which)
+    # From rows of the environment to those of each copy of it.
+    sizes = first_atom[which + 1] - first_atom[which]
+    shift = (torch.cumsum(sizes, dim=0) - sizes - first_atom[which]).index_select(0, edge_copy)
+    return (
+        atom.index_select(0, row),
+        edge.index_select(0, item),
+        atom_copy,
+        edge_copy,
+        source.index_select(0, item) + shift,
+        target.index_select(0, item) + shift,
+    )
+
+
+def reach(edge_index: Tensor, edge_ptr: Tensor, n_atoms: int, owners: Tensor, hops: int) -> list[Tensor]:
+    """Atoms within 0, 1, ... hops of each owner.
+
+    Parameters
+    ----------
+    edge_index, edge_ptr : Tensor of shape (2, n_edges), (n_atoms + 1,)
+        Edges sorted by center, and their offsets.
+    n_atoms : int
+    owners : Tensor of shape (n_owners,)
+        Atoms to start from.
+    hops : int
+
+    Returns
+    -------
+    list of Tensor of shape (n_pairs,)
+        ``number of the owner * n_atoms + atom``, ascending; ``hops + 1`` of them, each within the next one.
+    """
+    pairs = torch.arange(owners.shape[0], device=owners.device) * n_atoms + owners
+    shells = [pairs]
+    for _ in range(hops):
+        edge, pick = gather_rows(edge_ptr, pairs % n_atoms)
+        start = (pairs // n_atoms) * n_atoms
+        reached = start.index_select(0, pick) + edge_index[0].index_select(0, edge)
+        pairs = torch.unique(torch.cat([pairs, reached]))
+        shells.append(pairs)
+    return shells
+
+
+def count_environments(
+    edge_index: Tensor, edge_ptr: Tensor, n_atoms: int, owners: Tensor, hops: int, block: int = 1048576
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What environments hold, without making copies: work and memory are those of a search for each owner.
+
+    Parameters
+    ----------
+    edge_index, edge_ptr, n_atoms, owners, hops :
+        See `reach`.
+    block : int
+        Edges that are followed at a time, at most (unless those of a single owner are more).
+
+    Returns
+    -------
+    atoms : Tensor of shape (n_owners,)
+    edges : Tensor of shape (n_owners,)
+        Edges that end within ``hops - 1`` of the owner.
+    nested : Tensor of shape (n_owners,)
+        Edges that each layer of a deep network needs, added up over ``hops`` layers: the last one needs those of the
+        owner, the one before those of its neighbors, and so on.
+    """
+    degree = edge_ptr[1:] - edge_ptr[:-1]
+    atoms, edges, nested = torch.ones_like(owners), torch.zeros_like(owners), torch.zeros_like(owners)
+    if hops == 0 or owners.shape[0] == 0:
+        return atoms, edges, nested
+    # Every path is an upper bound of what is followed; blocks are cut by it, so that dense parts of a batch fit, too.
+    paths = degree.to(torch.float64)
+    for _ in range(hops - 1):
+        paths = (degree + torch.zeros_like(paths).index_add(0, edge_index[1], paths[edge_index[0]])).clamp(max=1e15)
+    total = torch.cumsum(paths[owners].clamp(max=float(edge_index.shape[1])) + 1.0, dim=0)
+    start, before = 0, 0.0
+    while start < owners.shape[0]:
+        stop = max(start + 1, int(torch.searchsorted(total, before + block, right=True)))
+        shells = reach(edge_index, edge_ptr, n_atoms, owners[start:stop], hops)
+        atoms[start:stop] = torch.bincount(shells[-1] // n_atoms, minlength=stop - start)
+        for inner in shells[:-1]:
+            edges[start:stop] = torch.zeros_like(owners[start:stop]).index_add(
+                0, inner // n_atoms, degree[inner % n_atoms]
+            )
+            nested[start:stop] += edges[start:stop]
+        start, before = stop, float(total[stop - 1])
+    return atoms, edges, nested
 
 
 def copied_sizes(batch: Data, owners: Tensor, scope: str, hops: int | None) -> Tensor:
-    """Number of atoms of each copy (for environments of more than one hop, an upper bound): Tensor of shape (n,)."""
+    """Number of atoms of each copy: Tensor of shape (n,).
+
+    Environments of one hop count their neighbors, of which several may be images of one atom and share a row.
+    """
     ptr = batch[keys.PTR]
     if scope == "structure":
         return (ptr[1:] - ptr[:-1])[owners]
-    return environment_sizes(_edges(batch), ptr, batch[keys.BATCH], hops or 0)[owners]
+    if hops is None or hops <= 1:
+        return environment_sizes(_edges(batch), ptr, batch[keys.BATCH], hops or 0)[owners]
+    atoms, which = torch.unique(owners, return_inverse=True)
+    return count_environments(_edges(batch), edge_offsets(batch), batch[keys.POS].shape[0], atoms, hops)[0][which]
 
 
 def environment_sizes(edge_index: Tensor, ptr: Tensor, structure: Tensor, hops: int) -> Tensor:
     """`copied_sizes` of the environments of all atoms, in plain tensors, for TorchScript."""
-    whole = (ptr[1:] - ptr[:-1])[structure]
-    size = torch.ones_like(whole)
-    for _ in range(hops):
-        size = 1 + torch.zeros_like(size).index_add(0, edge_index[1], size[edge_index[0]])
-        size = torch.minimum(size, whole.clamp(min=2) * 64)
-    return size if hops == 1 else torch.minimum(size, whole)
+    n_atoms = structure.shape[0]
+    degree = torch.bincount(edge_index[1], minlength=n_atoms)
+    if hops == 0:
+        return torch.ones_like(structure)
+    if hops == 1:
+        return 1 + degree
+    everyone = torch.arange(n_atoms, device=structure.device)
+    return count_environments(edge_index, offsets(degree), n_atoms, everyone, hops)[0]
 
 
 def pack(sizes: Tensor, limit: int) -> Iterator[Tensor]:
@@ -132,7 +227,7 @@ def divide(batch: Data, frames: FrameSet, hops: int | None, limit: int) -> Itera
     frame : Tensor of shape (n,)
         Numbers of frames, such that their copies hold at most ``limit`` atoms, unless a single one is larger.
     n_atoms : int
-        Atoms in their copies (an upper bound, see `copied_sizes`).
+        Atoms in their copies, see `copied_sizes`.
     invariant : bool
         Whether they belong to the point stratum: centers alone, invariant part of the outputs.
     """
@@ -140,6 +235,8 @@ def divide(batch: Data, frames: FrameSet, hops: int | None, limit: int) -> Itera
     point = frames.stratum == int(Stratum.POINT)
     for invariant, chosen in ((False, evaluated & ~point), (True, evaluated & point)):
         frame = chosen.nonzero()[:, 0]
+        # Frames of one owner next to each other: their environment is then found once for all of them.
+        frame = frame[torch.argsort(frames.owner[frame], stable=True)]
         sizes = copied_sizes(batch, frames.owner[frame], frames.scope, 0 if invariant else hops)
         for part in pack(sizes, limit):
             yield frame[part], int(sizes[part].sum()), invariant

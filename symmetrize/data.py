@@ -287,6 +287,11 @@ def refuse_unknown_species(batch: Data, rows: Tensor, species: Sequence[int]) ->
 
 
 def _refuse_coincident(pos: Tensor, structure: Tensor, ptr: Tensor) -> None:
+    # Equal positions have equal projections; equal projections may be chance, and are looked at in full.
+    x, y, z = pos.detach().to(torch.float64).unbind(dim=1)
+    projection = torch.sort(x + y * 0.7548776662466927 + z * 0.5698402909980532 + structure * 0.3819660112501051)[0]
+    if not bool((projection[1:] == projection[:-1]).any()):
+        return
     rows = torch.cat([structure.to(pos.dtype)[:, None], pos.detach()], dim=1)
     unique, index = torch.unique(rows, dim=0, return_inverse=True)
     if unique.shape[0] < rows.shape[0]:
@@ -301,14 +306,16 @@ def edge_vectors(batch: Data) -> Tensor:
     """``pos[neighbor] + cell_shift @ cell - pos[center]``, differentiable: Tensor of shape (n_edges, 3)."""
     pos = batch[keys.POS]
     neighbor, center = batch[keys.EDGE_INDEX]
-    vectors = pos[neighbor] - pos[center]
+    vectors = pos.index_select(0, neighbor) - pos.index_select(0, center)
     shift = batch.get(keys.CELL_SHIFT)
     if shift is None or batch.get(keys.CELL) is None:
         return vectors
     structure = batch.get(keys.BATCH)
     cell = batch[keys.CELL]
+    if cell.shape[0] == 1:
+        return vectors + shift.to(pos.dtype) @ cell[0]
     cells = cell[structure[center]] if structure is not None else cell.expand(center.shape[0], 3, 3)
-    return vectors + torch.einsum("ea,eab->eb", shift.to(pos.dtype), cells)
+    return vectors + (shift.to(pos.dtype)[:, None, :] @ cells).squeeze(1)
 
 
 def with_neighbors(batch: Data, cutoff: float) -> Batch:

@@ -85,13 +85,25 @@ class FrameSet:
         if n == 0:
             raise NoFrameError("FrameSet: expected at least one frame, got none")
         with torch.no_grad():
-            product = self.rotations.transpose(1, 2) @ self.rotations
-            error = (product - torch.eye(3, dtype=product.dtype, device=product.device)).abs().max()
-            if not bool(error <= 1e-10):
-                raise DeclarationError(f"FrameSet: rotations: expected orthogonal matrices, off by {float(error):.1e}")
-            if not bool((self.weights >= 0.0).all() & torch.isfinite(self.weights).all()):
+            # All numbers that decide, read at once: the host waits for the device only here.
+            rows = self.rotations.reshape(n, 9)
+            ones = torch.ones(3, dtype=rows.dtype, device=rows.device)
+            extremes = [
+                *torch.aminmax(torch.mv((rows * rows).view(-1, 3), ones)),
+                *torch.aminmax(torch.mv((rows[:, :6] * rows[:, 3:]).view(-1, 3), ones)),
+                *torch.aminmax(torch.mv(rows[:, :3] * rows[:, 6:], ones)),
+                *torch.aminmax(self.weights),
+                *torch.aminmax(self.owner),
+            ]
+            least, most, *products = torch.stack([x.to(torch.float64) for x in extremes]).tolist()
+            *products, low_weight, high_weight, low_owner, high_owner = products
+            errors = [abs(least - 1.0), abs(most - 1.0), *map(abs, products)]
+            # One by one: a maximum would pass over a NaN.
+            if not all(error <= 1e-10 for error in errors):
+                raise DeclarationError(f"FrameSet: rotations: expected orthogonal matrices, off by {max(errors):.1e}")
+            if not (low_weight >= 0.0 and high_weight < float("inf")):
                 raise DeclarationError("FrameSet: weights: expected finite numbers >= 0")
-            if int(self.owner.min()) < 0 or int(self.owner.max()) >= self.n_owners:
+            if low_owner < 0 or high_owner >= self.n_owners:
                 raise DeclarationError(f"FrameSet: owner: expected numbers from 0 to {self.n_owners - 1}")
 
     def __repr__(self) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch_geometric.data import Data
@@ -9,9 +12,20 @@ from torch_geometric.data import Data
 from symmetrize import keys
 from symmetrize.averaging import Average, chunk_limit
 from symmetrize.backbone import Backbone
+from symmetrize.compilation import compile_for_inference, inference
 from symmetrize.data import replace, validate, where, with_neighbors
-from symmetrize.errors import DeclarationError, InvalidInputError, InvalidTypeError, NoFrameError, did_you_mean
+from symmetrize.errors import (
+    CostWarning,
+    DeclarationError,
+    InvalidInputError,
+    InvalidTypeError,
+    NoFrameError,
+    did_you_mean,
+)
+from symmetrize.evaluation import HALVES
+from symmetrize.forecast import make_forecast
 from symmetrize.frames import FrameMethod, FrameSet, Scope, Stratum, check_scope
+from symmetrize.methods.ecse import ECSE
 from symmetrize.plan import Plan, make_plan
 from symmetrize.representations import OutputSpec, check_group
 
@@ -41,6 +55,10 @@ class Symmetrizer(torch.nn.Module):
     Notes
     -----
     Keeps nothing between calls. Outputs have the dtype of the positions, those with a composition baseline float64.
+    A backbone in bfloat16 or float16 (``model.backbone.to(torch.bfloat16)``) takes float32 or float64 positions:
+    frames, weights and rotations do not become less precise, nor do sums; what the backbone sees and computes is
+    rounded. Copies look the same however the input is oriented, so that they round to the same numbers, but where a
+    local coordinate lies between two of them: there outputs jump by the rounding of the backbone.
     """
 
     def __init__(
@@ -149,7 +167,10 @@ class Symmetrizer(torch.nn.Module):
             graph = self._with_edges(strained)
             frames = self._frames(graph, generator)
             total = Average(self, graph, frames, energy if conservative else None, create_graph, spread)
-            out = total.run()
+            # Compiled code can be differentiated once, here, and not again by whoever gets the result.
+            once = conservative or not torch.is_grad_enabled()
+            with inference(once and not create_graph and not self.training):
+                out = total.run()
             if conservative:
                 gradients = torch.autograd.grad(
                     total.differentiated, leaves, total.cotangents, create_graph=create_graph, allow_unused=True
@@ -164,18 +185,55 @@ class Symmetrizer(torch.nn.Module):
                     out["stress"] = gradients[-1] / torch.linalg.det(batch[keys.CELL]).abs()[:, None, None]
         return out
 
+    def compile(self, **options: Any) -> None:
+        """Compile the dense parts of the backbone for inference, in place, with ``torch.compile``.
+
+        Energies, forces and stress then take them, in evaluation mode; training, ``create_graph=True`` and outputs
+        that the caller may differentiate are evaluated as before, since compiled code has no second derivatives.
+        Results agree to rounding. The first call for energies, and the first one for forces, compile; sizes are
+        symbols, so that other sizes do not compile again. Copies and saved models are not compiled.
+
+        Parameters
+        ----------
+        options
+            For ``torch.compile``, such as ``fullgraph=True`` or ``mode``; ``dynamic=True`` by default.
+
+        Raises
+        ------
+        DeclarationError
+            If the backbone names no such parts (see `Backbone.compilable`).
+        """
+        parts = self.backbone.compilable()
+        if not parts:
+            raise DeclarationError(
+                f"compile: {type(self.backbone).__name__} names no parts that compile (see Backbone.compilable)"
+            )
+        for part in parts:
+            compile_for_inference(part, **options)
+
     def frames(self, batch: Data, generator: torch.Generator | None = None) -> FrameSet:
         """Group elements and weights of a batch."""
         return self._frames(self._with_edges(self._checked(batch)), generator)
 
     def explain(self, batch: Data) -> Plan:
-        """What evaluating this batch will take: strata, effective number of frames, evaluations, copied atoms."""
+        """What evaluating this batch will take: evaluations, copies, time and memory relative to the bare backbone.
+
+        Nothing is evaluated, and no more than a few million pairs of candidates are held at a time. What will be
+        expensive is said in ``plan.warnings``, and as a `symmetrize.errors.CostWarning`.
+        """
         with torch.no_grad():
             graph = self._with_edges(self._checked(batch))
-            frames = self._frames(graph, None)
             hops = self.backbone.oriented_field if self.scope == "atom" else None
+            around, forecast = self._surroundings(graph), None
+            if isinstance(self.method, ECSE):
+                forecast = make_forecast(self.method, around, self.scope, self._found)
+            sets = [self._found(around, None)] if forecast is None else forecast.sets(around, self._found)
+            stars = hops is not None and hops <= 1 and self.backbone.shares_work
             limit = chunk_limit(self, graph)
-            return make_plan(graph, frames, hops, limit, self.group)
+            plan = make_plan(graph, sets, forecast, hops, limit, self.group, stars, forecast is not None)
+        if plan.warnings:
+            warnings.warn("; ".join(plan.warnings), CostWarning, stacklevel=2)
+        return plan
 
     def extra_repr(self) -> str:
         centered = "around every atom" if self.scope == "atom" else "around the centroid of a finite structure"
@@ -183,15 +241,17 @@ class Symmetrizer(torch.nn.Module):
 
     def _checked(self, batch: Data) -> Data:
         batch = validate(batch)
-        devices = {p.device for p in self.backbone.parameters()} | {
+        parameters = list(self.backbone.parameters())
+        devices = {p.device for p in parameters} | {
             batch[name].device for name in batch.keys() if isinstance(batch[name], Tensor)
         }
         if len(devices) > 1:
             found = ", ".join(sorted(map(str, devices)))
             raise InvalidInputError(f"batch: expected all fields on the device of the model, got {found}")
-        expected = {p.dtype for p in self.backbone.parameters() if p.is_floating_point()}
+        expected = {p.dtype for p in parameters if p.is_floating_point()}
         dtype = batch[keys.POS].dtype
-        if expected and dtype not in expected:
+        narrow = bool(expected) and expected <= set(HALVES) and dtype in (torch.float32, torch.float64)
+        if expected and dtype not in expected and not narrow:
             raise InvalidTypeError(
                 f"pos: expected the dtype of the backbone's parameters ({next(iter(expected))}), got {dtype}; "
                 "convert one of them: model.to(torch.float64), or from_ase(..., dtype=torch.float32)"
@@ -218,13 +278,18 @@ class Symmetrizer(torch.nn.Module):
         return batch if self.backbone.cutoff is None else with_neighbors(batch, self.backbone.cutoff)
 
     def _frames(self, graph: Data, generator: torch.Generator | None) -> FrameSet:
-        if self.scope == "atom":
-            # Candidates have to cover everything the backbone sees from a center, or the average is not exact.
-            hops = self.backbone.oriented_field or 1
-            if hops > 1:
-                reach = hops * float(self.backbone.cutoff or 0.0)
-                bare = replace(graph, **{keys.EDGE_INDEX: None, keys.CELL_SHIFT: None, keys.EDGE_CUTOFF: None})
-                graph = with_neighbors(bare, reach)
+        return self._found(self._surroundings(graph), generator)
+
+    def _surroundings(self, graph: Data) -> Data:
+        """The batch with the neighbor list of the candidates."""
+        hops = self.backbone.oriented_field or 1
+        if self.scope != "atom" or hops == 1:
+            return graph
+        # Candidates have to cover everything the backbone sees from a center, or the average is not exact.
+        bare = replace(graph, **{keys.EDGE_INDEX: None, keys.CELL_SHIFT: None, keys.EDGE_CUTOFF: None})
+        return with_neighbors(bare, hops * float(self.backbone.cutoff or 0.0))
+
+    def _found(self, graph: Data, generator: torch.Generator | None = None) -> FrameSet:
         frames = self.method.frames(graph, group=self.group, scope=self.scope, l_max=self.l_max, generator=generator)
         degenerate = (frames.stratum == int(Stratum.AXIS)) | (frames.stratum == int(Stratum.POINT))
         if self.backbone.vectors and bool(degenerate.any()):

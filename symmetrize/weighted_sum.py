@@ -100,7 +100,8 @@ class WeightedSum:
         self.batch = source.batch
         self.names = list(backbone.outputs)
         self.inputs = list(source.inputs)
-        self.parameters: list[Tensor] = [p for p in backbone.parameters() if p.requires_grad]
+        # Filled in when they are differentiated: walking through modules takes as long as many operations.
+        self.parameters: list[Tensor] = []
         hops = backbone.oriented_field
         self.parts = [Part(frame, invariant) for frame, _, invariant in divide(self.batch, frames, hops, limit)]
         self.limit = limit
@@ -120,8 +121,10 @@ class WeightedSum:
         """Sums by output, and pairs of a differentiable tensor and the gradient of the energy with respect to it."""
         tensors = [*self.source.inputs.values(), self.frames.rotations, self.frames.origins, weights]
         wanted = [t for t in tensors if t.requires_grad]
-        differentiable = torch.is_grad_enabled() and bool(wanted or self.parameters)
-        if not differentiable or (self.energy is not None and not create_graph):
+        differentiable = torch.is_grad_enabled() and (self.energy is None or create_graph)
+        if differentiable:
+            self.parameters = [p for p in self.backbone.parameters() if p.requires_grad]
+        if not differentiable or not (wanted or self.parameters):
             with torch.no_grad():
                 classes = self._classes(tensors)
             sums, gradients = self.in_turns(tensors, classes)

@@ -506,5 +506,5 @@ def test_compiled_code_refuses_second_derivatives(compiled):
 
 
 def test_a_compiled_symmetrizer_is_refused_with_a_hint():
-    with pytest.raises(InvalidTypeError, match=r"network\.compile"):
+    with pytest.raises(InvalidTypeError, match=r"model\.compile"):
         SymmetrizerCalculator(torch.compile(model_of()))

@@ -26,7 +26,7 @@ def test_forces_equal_finite_differences(kind):
     f = make(kind)
     names = ["ethanol", "chiral center", "water", "CO2", "HCN", "methane", "benzene", "near-linear"]
     batch = from_ase([atoms for name, atoms in FINITE.items() if name in names])
-    found = measure_forces_fd(conservative(f), batch, n_directions=3, step=4e-4)["forces"]
+    found = measure_forces_fd(conservative(f), batch, n_directions=3, step=1e-4)["forces"]
     assert found.relative < 1e-7, str(found)
 
 

@@ -41,12 +41,12 @@ def test_total_weight_is_at_least_one(scope, group):
 
 
 def test_evaluations_per_center_on_ethanol(ethanol):
-    """Two evaluations are enough for an atom of a molecule, and for the molecule."""
-    for method in (ECSE(**NARROW), ECSE()):
+    """Two evaluations are enough for an atom of a molecule; its outer hydrogens take turns as the axis of the whole."""
+    for method, limit in ((ECSE(**NARROW), 2.5), (ECSE(), 4.2)):
         per_atom = frames(ethanol, method)
         assert per_atom.n_evaluations <= 2.1 * per_atom.n_owners
         per_molecule = frames(ethanol, method, scope="structure")
-        assert per_molecule.n_evaluations <= 2.1 * per_molecule.n_owners
+        assert per_molecule.n_evaluations <= limit * per_molecule.n_owners
 
 
 def test_o3_takes_twice_the_evaluations_except_at_the_point():

@@ -66,9 +66,9 @@ class HardCutoff(ECSE):
     """Planted fault of the published weights: a neighbor at the cutoff still has weight."""
 
     def _around_atoms(self, batch):
-        pos, vectors, ptr, available, _ = super()._around_atoms(batch)
+        pos, vectors, ptr, available, _, lengths = super()._around_atoms(batch)
         ones = torch.ones_like(available)
-        return pos, vectors, ptr, ones, ones
+        return pos, vectors, ptr, ones, ones, lengths
 
 
 @pytest.mark.parametrize(

@@ -153,7 +153,7 @@ class PET(Backbone):
         source, target = batch[keys.EDGE_INDEX]
         if edge_vec.shape != (target.shape[0], 3):
             raise InvalidInputError(f"edge_vec: expected shape ({target.shape[0]}, 3), got {tuple(edge_vec.shape)}")
-        length = torch.linalg.vector_norm(edge_vec.to(self.dtype), dim=1)
+        length = torch.linalg.vector_norm(edge_vec.to(self._precision(edge_vec)), dim=1)
         mask = batch.get(keys.CENTER_MASK)
         cache = {
             "species": species,
@@ -215,7 +215,15 @@ class PET(Backbone):
                 visible, edge_vec, scalars, neighbors, source, target, reverse
             )
         values = self.network(
-            edge_vec.to(self.dtype), scalars, neighbors, species, source, target, reverse, center, condition
+            edge_vec.to(self.dtype),
+            scalars.to(self.dtype),
+            neighbors,
+            species,
+            source,
+            target,
+            reverse,
+            center,
+            condition,
         )
         factor = (self.scale * self.factor).to(self.dtype)
         return assemble(
@@ -225,6 +233,10 @@ class PET(Backbone):
             repulsion if repulsion is None or everything else repulsion[center],
             inverse_volume if inverse_volume is None or everything else inverse_volume[center],
         )
+
+    def compilable(self) -> list[torch.nn.Module]:
+        """The transformers, which work on rectangles of atoms and tokens; lists of edges stay outside."""
+        return [block.trans for block in self.network.gnn_layers]  # type: ignore[misc]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write ``<path>.safetensors`` and ``<path>.json``, each at once or not at all."""
@@ -257,6 +269,10 @@ class PET(Backbone):
         refuse_unknown_species(batch, row, self.config.atomic_types)
         return row
 
+    def _precision(self, given: Tensor) -> torch.dtype:
+        # Lengths and cutoffs are those of the positions: a narrow network gets them rounded once, at the end.
+        return given.dtype if self.dtype in (torch.bfloat16, torch.float16) else self.dtype
+
     def _inverse_volume(self, batch: Data) -> Tensor:
         n_atoms = batch[keys.Z].shape[0]
         cell = batch.get(keys.CELL)
@@ -266,7 +282,7 @@ class PET(Backbone):
         # Without all three directions there is no volume to divide by, whatever box a structure is in.
         pbc = batch.get(keys.PBC)
         cell = cell if pbc is None else cell * pbc[:, :, None]
-        values = inverse_volumes(cell.to(self.dtype))
+        values = inverse_volumes(cell.to(self._precision(cell)))
         return values.expand(n_atoms) if structure is None else values.index_select(0, structure)
 
     def _check_reverse(self, cache: dict[str, Tensor], reverse: Tensor) -> None:

@@ -30,6 +30,7 @@ from .edges import (
     to_list,
     to_rows,
 )
+from .fused import attention_update, gated_update
 from .pointwise import gate, rms_epsilon, rms_normalize, silu
 
 
@@ -47,9 +48,17 @@ class Norm(nn.Module):
             self.register_parameter("bias", None)
 
     def normalize(self, x: Tensor) -> Tensor:
+        return rms_normalize(self.center(x), self.added(x))
+
+    def center(self, x: Tensor) -> Tensor:
+        """``x`` minus its mean if that is part of this norm: ``normalize(x) == rms_normalize(center(x), added(x))``."""
+        return x - x.mean(dim=-1, keepdim=True) if self.centered else x
+
+    def added(self, x: Tensor) -> float:
+        """What is added to the mean square."""
         if self.centered:
-            return rms_normalize(x - x.mean(dim=-1, keepdim=True), 1e-5)
-        return rms_normalize(x, rms_epsilon(x) if self.epsilon < 0.0 else self.epsilon)
+            return 1e-5
+        return rms_epsilon(x) if self.epsilon < 0.0 else self.epsilon
 
     def fold(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """Weight and bias of a linear map with the affine part of this norm in front of it."""
@@ -77,6 +86,15 @@ class FeedForward(nn.Module):
         h = linear(x, weight, bias)
         return self.w_out(gate(h) if self.gated else silu(h))
 
+    def update(self, x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
+        """x + apply_folded(rms_normalize(x, epsilon), ...)."""
+        if torch.jit.is_scripting():
+            return x + self.apply_folded(rms_normalize(x, epsilon), weight, bias)
+        elif not self.gated or torch.compiler.is_compiling():
+            return x + self.apply_folded(rms_normalize(x, epsilon), weight, bias)
+        else:
+            return gated_update(x, weight, bias, self.w_out.weight, self.w_out.bias, epsilon)
+
     def forward(self, x: Tensor) -> Tensor:
         return self.apply_folded(x, self.w_in.weight, self.w_in.bias)
 
@@ -92,20 +110,32 @@ class Attention(nn.Module):
         self.width = width
         self.logit_scale = 1.0 / ((width // n_heads) ** 0.5 * temperature)
 
-    def apply_folded(self, x: Tensor, bias: Tensor, weight: Tensor, shift: Tensor) -> Tensor:
+    def scaled(self, weight: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
         # Queries take the scale of the logits; on the weights it costs nothing.
         weight = torch.cat([weight[: self.width] * self.logit_scale, weight[self.width :]])
         shift = torch.cat([shift[: self.width] * self.logit_scale, shift[self.width :]])
-        return self.output_linear(attend(linear(x, weight, shift), bias, self.n_heads))
+        return weight, shift
+
+    def update(self, x: Tensor, bias: Tensor, weight: Tensor, shift: Tensor, epsilon: float) -> Tensor:
+        """forward(rms_normalize(x, epsilon)), with other weights."""
+        weight, shift = self.scaled(weight, shift)
+        if torch.jit.is_scripting():
+            return self.output_linear(attend(linear(rms_normalize(x, epsilon), weight, shift), bias, self.n_heads))
+        elif torch.compiler.is_compiling():  # which cannot follow functions that ask the engine what is wanted
+            return self.output_linear(attend(linear(rms_normalize(x, epsilon), weight, shift), bias, self.n_heads))
+        else:
+            out = self.output_linear
+            return attention_update(x, bias, weight, shift, out.weight, out.bias, self.n_heads, epsilon)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        return self.apply_folded(x, bias, self.input_linear.weight, self.input_linear.bias)
+        weight, shift = self.scaled(self.input_linear.weight, self.input_linear.bias)
+        return self.output_linear(attend(linear(x, weight, shift), bias, self.n_heads))
 
 
 class TransformerLayer(nn.Module):
     """Attention and feed-forward layer; an atom's own features may be wider than a token."""
 
-    __constants__ = ("expanded", "pre_norm")  # branches on these are resolved when TorchScript compiles
+    __constants__ = ("expanded", "pre_norm", "centered")  # branches on these are resolved when TorchScript compiles
 
     def __init__(self, config: PETConfig) -> None:
         super().__init__()
@@ -116,6 +146,7 @@ class TransformerLayer(nn.Module):
         self.mlp = FeedForward(width, config.d_feedforward, config.activation)
         self.expanded = node_width != width
         self.pre_norm = config.transformer_type == "PreLN"
+        self.centered = norm == "LayerNorm"
         if self.expanded:
             self.center_contraction = nn.Linear(node_width, width)
             self.center_expansion = nn.Linear(width, node_width)
@@ -130,22 +161,29 @@ class TransformerLayer(nn.Module):
             token = node
         tokens = torch.cat([token[:, None, :], edge], dim=1)
         if self.pre_norm:
-            weight, shift = self.norm_attention.fold(
-                self.attention.input_linear.weight, self.attention.input_linear.bias
-            )
-            tokens = self.attention.apply_folded(self.norm_attention.normalize(tokens), bias, weight, shift)
+            norm = self.norm_attention
+            weight, shift = norm.fold(self.attention.input_linear.weight, self.attention.input_linear.bias)
+            tokens = self.attention.update(norm.center(tokens), bias, weight, shift, norm.added(tokens))
             token, update = tokens[:, 0], tokens[:, 1:]
             edge = edge + update
-            weight, shift = self.norm_mlp.fold(self.mlp.w_in.weight, self.mlp.w_in.bias)
-            edge = edge + self.mlp.apply_folded(self.norm_mlp.normalize(edge), weight, shift)
+            norm = self.norm_mlp
+            weight, shift = norm.fold(self.mlp.w_in.weight, self.mlp.w_in.bias)
+            if self.centered:
+                edge = edge + self.mlp.apply_folded(norm.normalize(edge), weight, shift)
+            else:
+                edge = self.mlp.update(edge, weight, shift, norm.added(edge))
         else:
             tokens = self.norm_attention(tokens + self.attention(tokens, bias))
             tokens = self.norm_mlp(tokens + self.mlp(tokens))
             token, edge = tokens[:, 0], tokens[:, 1:]
         if self.expanded:
             token = node + self.center_expansion(token)
-            weight, shift = self.norm_center_features.fold(self.center_mlp.w_in.weight, self.center_mlp.w_in.bias)
-            token = token + self.center_mlp.apply_folded(self.norm_center_features.normalize(token), weight, shift)
+            norm = self.norm_center_features
+            weight, shift = norm.fold(self.center_mlp.w_in.weight, self.center_mlp.w_in.bias)
+            if self.centered:
+                token = token + self.center_mlp.apply_folded(norm.normalize(token), weight, shift)
+            else:
+                token = self.center_mlp.update(token, weight, shift, norm.added(token))
         return token, edge
 
 
@@ -360,7 +398,10 @@ class PETNetwork(nn.Module):
                 received = receive(edge, stage, after, reverse)
                 sent = narrow_edges(to_list(edge, stage.places), stage, after)
                 node = narrow_atoms(node, stage, after)
-                update = sent + mlp(norm(torch.cat([sent, received], dim=1)))
+                widen = mlp[0]  # type: ignore[index]
+                weight, shift = norm.fold(widen.weight, widen.bias)  # type: ignore[operator]
+                hidden = linear(norm.normalize(torch.cat([sent, received], dim=1)), weight, shift)  # type: ignore[operator]
+                update = sent + mlp[2](mlp[1](hidden))  # type: ignore[index]
                 message = update if number == 0 else update + narrow_edges(message, stage, after)
                 number += 1
             nodes.append(node)
@@ -393,7 +434,11 @@ class PETNetwork(nn.Module):
 
 def logit_bias(edge_scalars: Tensor, stage: Stage, never: float = NEVER) -> Tensor:
     """Logarithm of the cutoff of each token of each atom, that of the atom itself first: (n_rows, 1 + width)."""
-    rows = to_rows(select(edge_scalars, stage.edge, stage)[:, 2], stage.places, never)
+    logarithm = select(edge_scalars, stage.edge, stage)[:, 2]
+    if logarithm.dtype == torch.float16:  # which ends at 65504; the exponential is zero all the same
+        never = -6e4
+        logarithm = logarithm.clamp(min=never)
+    rows = to_rows(logarithm, stage.places, never)
     return torch.cat([torch.zeros_like(stage.atom, dtype=rows.dtype)[:, None], rows], dim=1)
 
 

@@ -2,8 +2,8 @@
 
 Training on forces differentiates every operation twice, and the derivatives that autograd derives for normalization
 and gates are long chains of small kernels: they cost more than the matrix products around them. Here first and second
-derivatives are written out. Third and higher ones are correct too, but not tuned. Under TorchScript the plain
-expressions are used.
+derivatives are written out. Third and higher ones are correct too, but not tuned. Under TorchScript and
+``torch.compile``, which derives what it needs itself, the plain expressions are used.
 """
 
 from __future__ import annotations
@@ -70,6 +70,8 @@ def rms_normalize(x: Tensor, epsilon: float) -> Tensor:
     """Divide by the root mean square over the last dimension."""
     if torch.jit.is_scripting():
         return x * torch.rsqrt((x * x).mean(dim=-1, keepdim=True) + epsilon)
+    elif torch.compiler.is_compiling():
+        return x * _inverse_rms(x, epsilon)
     else:
         return _RMS.apply(x, epsilon)
 
@@ -107,6 +109,8 @@ class _SiLUGradient(torch.autograd.Function):
 def silu(x: Tensor) -> Tensor:
     """x sigmoid(x)."""
     if torch.jit.is_scripting():
+        return torch.nn.functional.silu(x)
+    elif torch.compiler.is_compiling():
         return torch.nn.functional.silu(x)
     else:
         return _SiLU.apply(x)
@@ -157,6 +161,9 @@ class _GateGradient(torch.autograd.Function):
 def gate(x: Tensor) -> Tensor:
     """First half of the features times the sigmoid of the second half."""
     if torch.jit.is_scripting():
+        value, control = x.chunk(2, dim=-1)
+        return value * torch.sigmoid(control)
+    elif torch.compiler.is_compiling():
         value, control = x.chunk(2, dim=-1)
         return value * torch.sigmoid(control)
     else:

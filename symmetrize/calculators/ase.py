@@ -60,8 +60,7 @@ class SymmetrizerCalculator(Calculator):
     used as it is: put it into evaluation mode if it behaves differently in training.
 
     ``torch.compile`` is for the network inside the backbone, in evaluation mode: ``model.eval()`` and
-    ``model.backbone.network.compile()`` for PET, or, with one graph and a shorter compilation,
-    ``for block in model.backbone.network.gnn_layers: block.trans.compile(dynamic=True)``. Compiled code has no second
+        ``for block in model.backbone.network.gnn_layers: block.trans.compile(dynamic=True)``. Compiled code has no second
     derivatives: it serves energies, forces and stress, but neither training on forces nor ``create_graph=True``. The
     Symmetrizer itself, which handles batches of any size and neighbor lists, does not compile.
     """
@@ -82,7 +81,7 @@ class SymmetrizerCalculator(Calculator):
         if not isinstance(model, Symmetrizer):
             hint = "the bare model is Symmetrizer(backbone, Identity())"
             if isinstance(getattr(model, "_orig_mod", None), Symmetrizer):
-                hint = "compile the network in its backbone instead: model.backbone.network.compile()"
+                hint = "use model.compile() of the Symmetrizer instead"
             raise InvalidTypeError(f"model: expected a Symmetrizer, got {type(model).__name__}; {hint}")
         if dtype not in (None, torch.float32, torch.float64):
             raise InvalidTypeError(f"dtype: expected torch.float32, torch.float64 or None, got {dtype!r}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from ase.io import read, write
 from ase.stress import full_3x3_to_voigt_6_stress
 from tqdm import tqdm
 
-from symmetrize.errors import InvalidInputError, MissingDependencyError, SymmetrizeError, did_you_mean
+from symmetrize.errors import CostWarning, InvalidInputError, MissingDependencyError, SymmetrizeError, did_you_mean
 from symmetrize.evaluate.batches import make_batches, share_out
 from symmetrize.evaluate.job import Job
 from symmetrize.evaluate.parts import Part, Parts, Prediction, key_of
@@ -107,7 +108,9 @@ def evaluate_file(
     if explain:
         members = make_batches(n_atoms, batch_size, max_atoms)[0]
         echo(f"the first {len(members)} of {len(frames)} structures:")
-        echo(str(model.to(chosen[0]).explain(job.batch(members).to(chosen[0]))))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", CostWarning)  # the plan says the same
+            echo(str(model.to(chosen[0]).explain(job.batch(members).to(chosen[0]))))
         return []
     with _parts(output) as parts:
         if first:

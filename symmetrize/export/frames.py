@@ -18,6 +18,7 @@ from symmetrize.methods.ecse.candidates import (
     around_centroids,
     axial_order,
     collinear_square,
+    outermost_first,
     rigid_square,
 )
 from symmetrize.methods.ecse.strata import stratify
@@ -98,13 +99,17 @@ class ECSEFrames(torch.nn.Module):
         """
         if self.per_atom:
             keep = wanted[center].nonzero()[:, 0]
-            vectors, candidates_ptr, available = around_atoms(
+            vectors, candidates_ptr, available, lengths = around_atoms(
                 vectors[keep], center[keep], pos.shape[0], self.radius, self.width
             )
             origins, reach = pos, available
+            known: Tensor | None = lengths
+            key, scale = lengths, lengths
         else:
             centroid, vectors, available = around_centroids(pos, structure, ptr)
             origins, reach, candidates_ptr = centroid.to(pos.dtype), torch.ones_like(available), ptr
+            known = None
+            key, scale = outermost_first(vectors, structure, ptr.shape[0] - 1)
         rotations, weights, owner, stratum = stratify(
             vectors,
             available,
@@ -117,6 +122,9 @@ class ECSEFrames(torch.nn.Module):
             self.collinear,
             self.rigid_below,
             self.threshold,
+            lengths=known,
+            key=key,
+            scale=scale,
         )
         if self.per_atom:
             kept = wanted[owner].nonzero()[:, 0]

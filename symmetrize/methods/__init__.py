@@ -14,6 +14,7 @@ METHODS: Final = {
     "ECSE": "symmetrize.methods.ecse",
     "GroupAveraging": "symmetrize.methods.group_averaging",
     "Identity": "symmetrize.methods.identity",
+    "SampledFrames": "symmetrize.methods.sampled",
 }
 
 

@@ -29,10 +29,12 @@ def gather_rows(ptr: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     pick : Tensor of shape (n_items,)
         Which entry of ``rows`` each item comes from.
     """
-    counts = ptr[rows + 1] - ptr[rows]
-    starts = offsets(counts)
-    pick = torch.repeat_interleave(torch.arange(rows.shape[0], device=rows.device), counts)
-    item = torch.arange(int(starts[-1]), device=rows.device) - starts[pick] + ptr[rows][pick]
+    first = ptr.index_select(0, rows)
+    counts = ptr.index_select(0, rows + 1) - first
+    pick = torch.repeat_interleave(counts)
+    # What has to be added to a running number to start again at the beginning of each row.
+    jump = first + counts - torch.cumsum(counts, dim=0)
+    item = torch.arange(pick.shape[0], device=rows.device) + jump.index_select(0, pick)
     return item, pick
 
 

@@ -14,14 +14,11 @@ def smooth_step(x: Tensor) -> Tensor:
     for 0 < x < 1, which is the switch of the ECSE paper (arXiv 2305.19302, appendix on weighting functions) moved to
     the unit interval and turned upwards. ``|step'| <= 2`` and ``|step''| <= 9.8``.
     """
-    # Closer to either end than this the step differs from 0 or 1 by less than exp(-200): a safe argument is
-    # substituted before the singular expression, so that neither value nor any derivative meets 1/0.
-    edge = 0.005
-    inside = (x > edge) & (x < 1.0 - edge)
-    safe = torch.where(inside, x, torch.full_like(x, 0.5))
+    # Where the step rounds to 0 or 1 in float64, with all its derivatives, the argument stops: the singular expression
+    # never meets 1/0, and needs no mask behind it. exp(-798) underflows, so 0 is exactly 0.
+    x = x.clamp(1.0 / 800.0, 799.0 / 800.0)
     # sigmoid(2 t) = (1 + tanh t) / 2 keeps full relative precision near 0, where 1 + tanh would cancel.
-    value = torch.sigmoid(1.0 / (1.0 - safe) - 1.0 / safe)
-    return torch.where(inside, value, (x >= 0.5).to(x.dtype))
+    return torch.sigmoid((1.0 - x).reciprocal() - x.reciprocal())
 
 
 def smooth_cutoff(distance: Tensor, cutoff: float | Tensor, width: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Training of bare backbones on energies and forces; symmetrisation comes afterwards and needs no training."""
+"""Training of backbones on energies and forces: bare, to be symmetrised afterwards, or through the symmetrisation."""
 
 from symmetrize.training.config import (
     BackboneRecipe,
@@ -8,6 +8,7 @@ from symmetrize.training.config import (
     Recipe,
     RecipeError,
     ScheduleRecipe,
+    SymmetrizeRecipe,
     load_recipe,
 )
 from symmetrize.training.gradients import Errors, evaluate
@@ -22,6 +23,7 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "ScheduleRecipe",
+    "SymmetrizeRecipe",
     "TrainingResult",
     "evaluate",
     "load_recipe",

@@ -149,6 +149,56 @@ class ScheduleRecipe:
 
 
 @dataclass(frozen=True)
+class SymmetrizeRecipe:
+    """Training of the symmetrised network instead of the bare one, whose weights are saved all the same.
+
+    Attributes
+    ----------
+    method : str
+        Frame method: "ecse" or "group_averaging".
+    options : dict
+        Arguments of the method, such as ``cutoff_width``.
+    group : str
+        "O(3)" or "SO(3)".
+    scope : str, optional
+        "atom" or "structure"; by default as `symmetrize.Symmetrizer` resolves it.
+    frames : str
+        "sampled": frames drawn with their weights as probabilities, new ones in every epoch (see
+        `symmetrize.methods.sampled.SampledFrames`), for little more than a bare step per sample; the expectation of
+        energies and forces is that of the average, the loss also penalises their variance over frames. "all": the
+        average itself, at the cost of all frames.
+    n_samples : int
+        Frames of every owner that are drawn.
+    score_every : int
+        With ``n_samples: 1``, one step in so many, chosen at random, contains the derivative of the probabilities,
+        multiplied by this number: right in expectation, and only these steps evaluate companions.
+    chunk_size : int, optional
+        With ``frames: all``, atoms per call of the network, which bounds the memory; see `symmetrize.Symmetrizer`.
+    """
+
+    method: Literal["ecse", "group_averaging"] = "ecse"
+    options: dict[str, Any] = field(default_factory=dict)
+    group: Literal["O(3)", "SO(3)"] = "O(3)"
+    scope: Literal["atom", "structure"] | None = None
+    frames: Literal["sampled", "all"] = "sampled"
+    n_samples: int = 1
+    score_every: int = 3
+    chunk_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.n_samples < 1:
+            raise RecipeError(f"symmetrize.n_samples: expected a positive number, got {self.n_samples}")
+        if self.score_every < 1:
+            raise RecipeError(f"symmetrize.score_every: expected a positive number, got {self.score_every}")
+        if self.chunk_size is not None and self.chunk_size < 1:
+            raise RecipeError(f"symmetrize.chunk_size: expected a positive number of atoms, got {self.chunk_size}")
+        if self.frames == "all" and self.n_samples != 1:
+            raise RecipeError("symmetrize.n_samples: expected frames: sampled, got all of them")
+        if self.frames == "sampled" and self.chunk_size is not None:
+            raise RecipeError("symmetrize.chunk_size: expected frames: all; frames that are drawn take one call")
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything that determines a training run.
 
@@ -163,7 +213,8 @@ class Recipe:
     dtype : str
         "float32" or "float64".
     augmentation : bool
-        Whether every structure is seen in a random element of O(3) at every step.
+        Whether every structure is seen in a random element of O(3) at every step. A symmetrised network is the same in
+        all of them: nothing is turned where there is a section ``symmetrize``.
     ema : float
         Decay per step of the running average of the weights, which is what is validated and saved; 0: no average.
     validate_every : int
@@ -175,6 +226,11 @@ class Recipe:
         Passed to ``lightning.pytorch.Trainer``: ``accelerator``, ``devices``, ``num_nodes``, ``strategy``, ... The
         accelerator is CUDA where there is any and the CPU otherwise, unless it is given; "mps" has no float64, which
         reference energies need.
+    symmetrize : SymmetrizeRecipe, optional
+        Train the symmetrised network; by default the bare one.
+    start_from : str, optional
+        Weights to start from, composition energies and energy scale included: those of an adapter by name, as
+        ``"pet:ethanol"``, or the stem of weight files that a run saved, relative to the folder of the recipe.
     """
 
     data: DataRecipe
@@ -191,6 +247,8 @@ class Recipe:
     validate_every: int = 1
     patience: int = 0
     trainer: dict[str, Any] = field(default_factory=dict)
+    symmetrize: SymmetrizeRecipe | None = None
+    start_from: str | None = None
 
     def __post_init__(self) -> None:
         positive = {
@@ -299,7 +357,17 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Mapping[str, 
     given = "data.path" in (overrides or {})
     if not path.is_absolute() and not given:
         path = folder / path
-    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, path=str(path)))
+    recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, path=str(path)))
+    start = recipe.start_from
+    if start is not None and not is_named(start) and not Path(start).is_absolute():
+        recipe = dataclasses.replace(recipe, start_from=str(folder / start))
+    return recipe
+
+
+def is_named(weights: str) -> bool:
+    """Whether weights are named as ``"adapter:name"`` and not by a path."""
+    adapter, colon, name = weights.partition(":")
+    return bool(colon) and adapter.isidentifier() and len(adapter) > 1 and name.replace("-", "_").isidentifier()
 
 
 def _read_yaml(path: Path) -> Any:
@@ -348,6 +416,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return _build(typing.cast(type, hint), value, where)
     origin = typing.get_origin(hint)
+    if origin is types.UnionType or origin is typing.Union:  # of one type and None
+        (inner,) = (choice for choice in typing.get_args(hint) if choice is not types.NoneType)
+        return None if value is None else _convert(inner, value, where)
     if origin is Literal:
         choices = typing.get_args(hint)
         if value not in choices:
@@ -362,6 +433,6 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             return float(value)
         except ValueError:
             pass
-    if isinstance(hint, types.UnionType) or not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise RecipeError(f"{where}: expected {getattr(hint, '__name__', hint)}, got {value!r}")
     return value

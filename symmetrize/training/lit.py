@@ -20,14 +20,23 @@ from symmetrize import keys
 from symmetrize.backbone import Backbone
 from symmetrize.training.config import LossRecipe, Recipe
 from symmetrize.training.dataset import TARGET_ENERGY, TARGET_FORCES, Split, StructureTable, augment, generator_for
+from symmetrize.training.drawn import DrawnFrames
 from symmetrize.training.gradients import energy_and_forces, error_sums, errors_from
 from symmetrize.training.muon import Muon, muon_groups
+from symmetrize.training.symmetrized import (
+    baseline_energy,
+    frame_variance,
+    in_place,
+    make_symmetrizer,
+    sampled_energy_and_forces,
+    symmetrized_energy_and_forces,
+)
 
 MONITOR = "validation/forces_mae"
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 # First number of the seeds of each use of randomness, so that no two of them share a stream.
-_ORDER, _ORIENTATION = 1, 2
+_ORDER, _ORIENTATION, _FRAMES = 1, 2, 3
 
 
 def loss_of(error: Tensor, recipe: LossRecipe) -> Tensor:
@@ -43,6 +52,8 @@ def loss_of(error: Tensor, recipe: LossRecipe) -> Tensor:
 
 class TrainingModule(pl.LightningModule):
     """A bare backbone, its running average, the loss and the optimizer.
+
+    With a section ``symmetrize`` in the recipe, the loss is that of the symmetrised backbone.
 
     Parameters
     ----------
@@ -60,24 +71,46 @@ class TrainingModule(pl.LightningModule):
         self.average = copy.deepcopy(backbone).requires_grad_(False)
         self.recipe = recipe
         self.scale = scale
+        self.scope = None if recipe.symmetrize is None else make_symmetrizer(backbone, recipe.symmetrize).scope
         self._sums = torch.zeros(6, dtype=torch.float64)
+        self._variances = torch.zeros(4, dtype=torch.float64)
+
+    def _predict(self, batch: Batch, batch_idx: int) -> tuple[Batch, Tensor, Tensor]:
+        """What a step is about: the batch (perhaps turned), energies and forces."""
+        recipe, settings = self.recipe, self.recipe.symmetrize
+        key = (self.current_epoch, batch_idx, self.global_rank)
+        if settings is None:
+            if recipe.augmentation:
+                batch = augment(batch, generator_for(recipe.seed, _ORIENTATION, *key))
+            return batch, *energy_and_forces(self.backbone, batch, create_graph=True)
+        sampled = settings.frames == "sampled"
+        if self.scope is not None and sampled and in_place(self.backbone, self.scope):
+            score, every = 1.0, settings.score_every
+            if settings.n_samples == 1:
+                number = torch.randint(every, (), generator=generator_for(recipe.seed, _FRAMES, *key))
+                score = 0.0 if int(number) else float(every)
+            return batch, *sampled_energy_and_forces(
+                self.backbone, batch, self.scope, settings.n_samples, create_graph=True, score=score
+            )
+        model = make_symmetrizer(self.backbone, settings, sampled=sampled)
+        generator = generator_for(recipe.seed, _FRAMES, *key) if sampled else None
+        return batch, *symmetrized_energy_and_forces(model, batch, create_graph=True, generator=generator)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         recipe = self.recipe
-        if recipe.augmentation:
-            key = (recipe.seed, _ORIENTATION, self.current_epoch, batch_idx, self.global_rank)
-            batch = augment(batch, generator_for(*key))
-        energy, forces = energy_and_forces(self.backbone, batch, create_graph=True)
-        n_atoms = batch[keys.PTR].diff()
+        batch, energy, forces = self._predict(batch, batch_idx)
+        # Sampled frames come with a copy of the batch for each sample.
+        n_atoms = batch[keys.PTR].diff()[: energy.shape[0]]
+        target_energy, target_forces = batch[TARGET_ENERGY][: energy.shape[0]], batch[TARGET_FORCES][: forces.shape[0]]
         # Even with weight 0: forces do not depend on the last biases, and every parameter needs a gradient, of zero if
         # need be, where several devices wait for each other's.
-        error = (energy - batch[TARGET_ENERGY]) / (n_atoms * self.scale)
+        error = (energy - target_energy) / (n_atoms * self.scale)
         loss = recipe.loss.energy * loss_of(error[:, None], recipe.loss)
         if recipe.loss.forces > 0:
-            loss = loss + recipe.loss.forces * loss_of((forces - batch[TARGET_FORCES]) / self.scale, recipe.loss)
+            loss = loss + recipe.loss.forces * loss_of((forces - target_forces) / self.scale, recipe.loss)
         size = int(n_atoms.shape[0])
         self.log("train/loss", loss.detach(), on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
-        force_error = (forces.detach() - batch[TARGET_FORCES]).abs().mean()
+        force_error = (forces.detach() - target_forces).abs().mean()
         self.log("train/forces_mae", force_error, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
         return loss
 
@@ -92,10 +125,22 @@ class TrainingModule(pl.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         self._sums = torch.zeros(6, dtype=torch.float64)
+        self._variances = torch.zeros(4, dtype=torch.float64)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        with torch.enable_grad():
-            energy, forces = energy_and_forces(self.average, batch, create_graph=False)
+        settings = self.recipe.symmetrize
+        if settings is None or self.scope is None:
+            with torch.enable_grad():
+                energy, forces = energy_and_forces(self.average, batch, create_graph=False)
+        else:
+            model = make_symmetrizer(self.average, settings)
+            out = model(batch, forces=True, spread=True, create_graph=False)
+            energy, forces = out["energy"] - baseline_energy(self.average, batch), out["forces"]
+            found = [out["energy_spread"].to(torch.float64).square()]
+            if in_place(self.average, self.scope):
+                found.append(frame_variance(self.average, batch, settings, self.scope, self.recipe.seed + batch_idx))
+            for n, values in enumerate(found):
+                self._variances[2 * n : 2 * n + 2] += torch.tensor([float(values.sum()), values.numel()])
         self._sums = self._sums + error_sums(energy, forces, batch).cpu()
 
     def on_validation_epoch_end(self) -> None:
@@ -103,6 +148,18 @@ class TrainingModule(pl.LightningModule):
         errors = errors_from(torch.as_tensor(sums))
         for name in ("energy_mae", "energy_rmse", "forces_mae", "forces_rmse"):
             self.log(f"validation/{name}", getattr(errors, name), sync_dist=True)
+        variances = torch.as_tensor(
+            self.trainer.strategy.reduce(self._variances.to(self.device), reduce_op="sum")
+        ).tolist()
+        for name, total, count in (("energy", *variances[:2]), ("forces", *variances[2:])):
+            if count > 0:
+                variance = total / count
+                square = getattr(errors, f"{name}_rmse") ** 2
+                self.log(f"validation/orientation_spread_{name}", variance**0.5, sync_dist=True)
+                # Of the squared error of one frame, what averaging removes.
+                self.log(
+                    f"validation/orientation_share_{name}", variance / max(variance + square, 1e-300), sync_dist=True
+                )
 
     def configure_optimizers(self) -> Any:
         recipe = self.recipe.optimizer
@@ -118,7 +175,7 @@ class TrainingModule(pl.LightningModule):
             )
         else:
             optimizer = torch.optim.AdamW(
-                self.backbone.parameters(), lr=recipe.lr, betas=betas, weight_decay=recipe.weight_decay
+                self.backbone.parameters(), lr=recipe.lr, betas=betas, weight_decay=recipe.weight_decay, fused=True
             )
         total = max(1, int(self.trainer.estimated_stepping_batches))
         epochs = self.recipe.epochs
@@ -177,11 +234,16 @@ class TableDataModule(pl.LightningDataModule):
     baseline : Tensor of shape (n_structures,)
         Composition energies (eV).
     recipe : Recipe
+    drawn : DrawnFrames, optional
+        Frames that training batches come with.
     """
 
-    def __init__(self, table: StructureTable, parts: Split, baseline: Tensor, recipe: Recipe) -> None:
+    def __init__(
+        self, table: StructureTable, parts: Split, baseline: Tensor, recipe: Recipe, drawn: DrawnFrames | None = None
+    ) -> None:
         super().__init__()
         self.table, self.parts, self.baseline, self.recipe = table, parts, baseline, recipe
+        self.drawn = drawn
 
     def _collate(self, picked: list[int]) -> Batch:
         return self.table.select(torch.tensor(picked), DTYPES[self.recipe.dtype], self.baseline)
@@ -192,11 +254,29 @@ class TableDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         structures = self.parts.train.tolist()
         order = EpochOrder(len(structures), self.recipe.seed, *self._ranks())
-        return DataLoader(structures, self.recipe.batch_size, sampler=order, collate_fn=self._collate)  # type: ignore[arg-type]
+        collate, drawn = self._collate, self.drawn
+        if drawn is not None:
+
+            def collate(picked: list[int]) -> Batch:
+                upcoming = [structures[n] for n in order]
+                return drawn.select(picked, DTYPES[self.recipe.dtype], self.baseline, order.epoch, upcoming)
+
+        return DataLoader(structures, self.recipe.batch_size, sampler=order, collate_fn=collate)  # type: ignore[arg-type]
 
     def val_dataloader(self) -> DataLoader[Any]:
         structures = validation_share(self.parts.validation.tolist(), *self._ranks())
         return DataLoader(structures, max(50, self.recipe.batch_size), collate_fn=self._collate)  # type: ignore[arg-type]
+
+
+def drawn_frames(table: StructureTable, backbone: Backbone, recipe: Recipe) -> DrawnFrames | None:
+    """Frames for the batches of a recipe that samples them, where they are evaluated in place."""
+    settings = recipe.symmetrize
+    if settings is None or settings.frames != "sampled":
+        return None
+    model = make_symmetrizer(backbone, settings)
+    if not in_place(backbone, model.scope):
+        return None
+    return DrawnFrames(table, model, settings, (recipe.seed, _FRAMES))
 
 
 class EpochLines(Callback):

@@ -1,4 +1,4 @@
-"""From the name in a recipe to an untrained backbone, and from a trained one to files."""
+"""From the name in a recipe to a backbone, untrained or with weights to start from, and from a trained one to files."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from symmetrize.backbone import Backbone
-from symmetrize.errors import DeclarationError, InvalidTypeError, did_you_mean
+from symmetrize.errors import DeclarationError, InvalidInputError, InvalidTypeError, did_you_mean
 from symmetrize.files import replacing
-from symmetrize.training.config import BackboneRecipe, RecipeError
+from symmetrize.registry import load_backbone
+from symmetrize.training.config import BackboneRecipe, RecipeError, is_named
 
 
 @runtime_checkable
@@ -78,6 +79,68 @@ def _factory(name: str) -> Callable[[dict[str, Any], int], Any]:
     except (ImportError, AttributeError) as error:
         raise RecipeError(f"backbone.name: cannot import {name!r}: {error}") from error
     return lambda hyperparameters, seed: factory(**hyperparameters)
+
+
+def load_start(recipe: BackboneRecipe, weights: str, atomic_types: tuple[int, ...], seed: int) -> Backbone:
+    """The backbone of a recipe with trained weights.
+
+    Parameters
+    ----------
+    recipe : BackboneRecipe
+        Hyperparameters of "pet" come from the weights; those that are given have to agree.
+    weights : str
+        ``"adapter:name"``, or the stem of weight files.
+    atomic_types, seed
+        See `build_backbone`.
+
+    Raises
+    ------
+    RecipeError
+        There are no such weights, or they are those of another network.
+    """
+    adapter, _, name = weights.partition(":")
+    named = is_named(weights)
+    if named and adapter != recipe.name:
+        raise RecipeError(f"start_from: expected weights of the backbone {recipe.name!r}, got {weights!r}")
+    if recipe.name != "pet":
+        from safetensors.torch import load_file
+
+        path = Path(f"{weights}.safetensors")
+        if not path.is_file():
+            raise RecipeError(f"start_from: expected a file {str(path)!r}, got none")
+        backbone = build_backbone(recipe, atomic_types, seed)
+        try:
+            backbone.load_state_dict(load_file(path))
+        except RuntimeError as error:
+            raise RecipeError(f"start_from: {path}: {error}") from error
+        return backbone
+    try:
+        backbone = load_backbone("pet", name if named else weights)
+    except (DeclarationError, InvalidInputError) as error:
+        raise RecipeError(f"start_from: {error}") from error
+    found = backbone.describe()["config"]
+    for key, value in recipe.hyperparameters.items():
+        got = found.get(key)
+        if key not in found or (list(got) != list(value) if isinstance(value, (list, tuple)) else got != value):
+            raise RecipeError(
+                f"backbone.hyperparameters.{key}: expected what the weights {weights!r} have, {got!r}, got {value!r}"
+            )
+    return backbone.train()
+
+
+def energy_reference(backbone: Backbone) -> tuple[torch.Tensor, float]:
+    """Composition energies (n_species,) and the energy scale (eV) that a backbone holds.
+
+    Raises
+    ------
+    RecipeError
+        The backbone has no buffers ``composition`` and ``scale``.
+    """
+    buffers = dict(backbone.named_buffers())
+    for name in ("composition", "scale"):
+        if name not in buffers:
+            raise RecipeError(f"start_from: {type(backbone).__name__} has no buffer {name!r}, which training reads")
+    return buffers["composition"].detach().to(torch.float64).reshape(-1), float(buffers["scale"])
 
 
 def set_energy_reference(backbone: Backbone, composition: torch.Tensor, scale: float) -> None:

@@ -26,7 +26,14 @@ from symmetrize.training.composition import baseline_of, count_species, energy_s
 from symmetrize.training.config import Recipe, RecipeError, load_recipe
 from symmetrize.training.dataset import fingerprint, gather, read_structures
 from symmetrize.training.gradients import Errors, evaluate
-from symmetrize.training.models import build_backbone, save_backbone, set_energy_reference
+from symmetrize.training.models import (
+    build_backbone,
+    energy_reference,
+    load_start,
+    save_backbone,
+    set_energy_reference,
+)
+from symmetrize.training.symmetrized import evaluate_symmetrized
 
 if TYPE_CHECKING:
     from symmetrize.training.lit import TableDataModule, TrainingModule
@@ -45,7 +52,8 @@ class TrainingResult:
     weights : Path
         Stem of the weight files: add ``.safetensors`` or ``.json``.
     errors : dict of str to Errors
-        Of the parts "validation" and "test" (where there is one), in the orientation of the data.
+        Of the parts "validation" and "test" (where there is one): of the bare backbone in the orientation of the data,
+        or of the symmetrised one, if that was trained.
     epochs : int
         Epochs that were completed.
     seconds : float
@@ -73,7 +81,7 @@ def train(
     progress: bool = True,
     overrides: Mapping[str, Any] | None = None,
 ) -> TrainingResult:
-    """Train a bare backbone on energies and forces, with random orientations.
+    """Train a backbone on energies and forces: bare, with random orientations, or through its symmetrisation.
 
     A run that was killed is taken up after its last complete epoch by calling this again; what follows is what would
     have followed without the interruption, since all randomness is a function of seed, epoch and step.
@@ -108,25 +116,29 @@ def train(
     name = "training" if isinstance(recipe, Mapping) else Path(recipe).stem
     folder = Path("runs") / name if output is None else Path(output)
     _require_lightning()
-    from symmetrize.training.lit import DTYPES, TableDataModule, TrainingModule
+    from symmetrize.training.lit import DTYPES, TableDataModule, TrainingModule, drawn_frames
 
     structures = read_structures(settings.data)
     present = tuple(sorted({int(z) for atoms in structures for z in atoms.numbers}))
     dtype = DTYPES[settings.dtype]
-    backbone = build_backbone(settings.backbone, present, settings.seed).to(dtype)
-    atomic_types = _species(settings, present)
+    backbone = _backbone(settings, present).to(dtype)
+    atomic_types = _species(settings, present, backbone)
     table, parts, numbers = gather(structures, backbone.cutoff, settings.data)
-    counts = count_species(table.batch["z"], table.batch["batch"], len(table), atomic_types)
-    composition = fit_composition(counts[parts.train], table.energy[parts.train])
-    baseline = baseline_of(table, composition, atomic_types)
-    training_atoms = torch.isin(table.batch["batch"], parts.train)
-    scale = energy_scale(table.forces[training_atoms], (table.energy - baseline)[parts.train])
-    set_energy_reference(backbone, composition, scale)
+    if settings.start_from is None:
+        counts = count_species(table.batch["z"], table.batch["batch"], len(table), atomic_types)
+        composition = fit_composition(counts[parts.train], table.energy[parts.train])
+        baseline = baseline_of(table, composition, atomic_types)
+        training_atoms = torch.isin(table.batch["batch"], parts.train)
+        scale = energy_scale(table.forces[training_atoms], (table.energy - baseline)[parts.train])
+        set_energy_reference(backbone, composition, scale)
+    else:
+        composition, scale = energy_reference(backbone)
+        baseline = baseline_of(table, composition, atomic_types)
 
     data_hash = fingerprint(settings.data.path)
     _claim(folder, settings, data_hash, resume)
     module = TrainingModule(backbone, settings, scale)
-    data = TableDataModule(table, parts, baseline, settings)
+    data = TableDataModule(table, parts, baseline, settings, drawn_frames(table, backbone, settings))
     n_parameters = sum(p.numel() for p in backbone.parameters())
     if progress:
         print(f"{folder}: {n_parameters} parameters, {len(parts.train)} training structures", flush=True)
@@ -139,17 +151,22 @@ def train(
     backbone = module.average.cpu()
     backbone.load_state_dict({k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)})
     backbone.eval()
-    errors = {}
+    errors, bare = {}, {}
     for part in ("validation", "test"):
         members = getattr(parts, part)
         if len(members):
-            errors[part] = evaluate(backbone, table, members, baseline, dtype=dtype)
+            bare[part] = evaluate(backbone, table, members, baseline, dtype=dtype)
+            errors[part] = bare[part]
+            if settings.symmetrize is not None:
+                errors[part] = evaluate_symmetrized(
+                    backbone, table, members, baseline, settings.symmetrize, dtype=dtype
+                )
     report = {
         "data_sha256": data_hash,
         "data_source": settings.data.source,
         "units": {"energy": "eV", "length": "angstrom"},
         "errors": {part: found.to_dict() for part, found in errors.items()},
-        "orientation": "as in the data; the bare backbone, not symmetrised",
+        **_orientation(settings, bare),
         "epochs": epochs,
         "best_epoch": int(checkpoint["epoch"]) + 1,
         "seconds": round(seconds, 1),
@@ -231,9 +248,27 @@ def _flatten(content: Any, prefix: str = "") -> dict[str, Any]:
     return {k: v for name, inner in content.items() for k, v in _flatten(inner, f"{prefix}{name}.").items()}
 
 
-def _species(recipe: Recipe, present: tuple[int, ...]) -> tuple[int, ...]:
+def _backbone(recipe: Recipe, present: tuple[int, ...]) -> Backbone:
+    if recipe.start_from is None:
+        return build_backbone(recipe.backbone, present, recipe.seed)
+    return load_start(recipe.backbone, recipe.start_from, present, recipe.seed)
+
+
+def _orientation(recipe: Recipe, bare: dict[str, Errors]) -> dict[str, Any]:
+    """What the errors of a report are those of."""
+    if recipe.symmetrize is None:
+        return {"orientation": "as in the data; the bare backbone, not symmetrised"}
+    return {
+        "orientation": "any; the backbone symmetrised over all frames",
+        "errors_bare": {part: found.to_dict() for part, found in bare.items()},
+    }
+
+
+def _species(recipe: Recipe, present: tuple[int, ...], backbone: Backbone) -> tuple[int, ...]:
     """Species of the backbone, in its order; those that the data lacks get the mean composition energy."""
     declared = tuple(recipe.backbone.hyperparameters.get("atomic_types", present))
+    if recipe.start_from is not None and backbone.species is not None:
+        declared = backbone.species
     missing = [z for z in present if z not in declared]
     if missing:
         raise InvalidInputError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from symmetrize.ops.ragged import offsets, segment_sum
+from symmetrize.ops.ragged import segment_sum
 from symmetrize.ops.switches import smooth_step
 
 #: Structure scope: an atom offers a direction fully from this distance to the centroid on, in units of the RMS
@@ -36,7 +36,7 @@ def rigid_square(epsilon: float, order: int, l_max: int) -> float:
 
 def around_atoms(
     vectors: Tensor, center: Tensor, n_atoms: int, radius: float, width: float
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Candidates of atom scope: the neighbors of every atom.
 
     Parameters
@@ -53,12 +53,13 @@ def around_atoms(
     -------
     vectors : Tensor of shape (n_edges, 3), float64
     ptr : Tensor of shape (n_atoms + 1,)
-    available : Tensor of shape (n_edges,), float64
+    available, lengths : Tensor of shape (n_edges,), float64
     """
-    ptr = offsets(torch.bincount(center, minlength=n_atoms))
+    ptr = torch.searchsorted(center.contiguous(), torch.arange(n_atoms + 1, device=center.device))
     vectors = vectors.to(torch.float64)
-    distance = torch.sqrt((vectors * vectors).sum(dim=1))
-    return vectors, ptr, smooth_step((radius - distance) / width)
+    # As a matrix product: several times faster than a reduction of rows of three.
+    lengths = torch.sqrt(torch.mv(vectors * vectors, torch.ones([3], dtype=vectors.dtype, device=vectors.device)))
+    return vectors, ptr, smooth_step((radius - lengths) / width), lengths
 
 
 def around_centroids(
@@ -93,3 +94,25 @@ def around_centroids(
     zero = ratio == 0.0
     ratio = torch.where(zero, torch.zeros_like(ratio), torch.sqrt(torch.where(zero, torch.ones_like(ratio), ratio)))
     return centroid, vectors, smooth_step(ratio / central)
+
+
+def outermost_first(vectors: Tensor, structure: Tensor, n_structures: int) -> tuple[Tensor, Tensor]:
+    """Ordering of the candidates of structure scope: the atom farthest from the centroid comes first.
+
+    Directions to far atoms turn least when an atom moves, and whether an atom at the centroid is available does not
+    matter to anything.
+
+    Returns
+    -------
+    key : Tensor of shape (n_atoms,)
+        Minus the distance from the centroid.
+    scale : Tensor of shape (n_atoms,)
+        RMS distance from the centroid in the structure of each atom.
+    """
+    square = (vectors * vectors).sum(dim=1)
+    counts = torch.bincount(structure, minlength=n_structures).clamp(min=1).to(square.dtype)
+    # Of one atom at its centroid both are 0, and nothing is ordered by them.
+    mean = segment_sum(square, structure, n_structures) / counts
+    key = torch.sqrt(torch.where(square > 0.0, square, torch.ones_like(square)))
+    scale = torch.sqrt(torch.where(mean > 0.0, mean, torch.ones_like(mean)))
+    return -key, scale.index_select(0, structure)

@@ -47,6 +47,23 @@ def pair_frames(axis: Tensor, partner: Tensor) -> Tensor:
     return torch.stack([axis, normal, torch.linalg.cross(axis, normal)], dim=2)
 
 
+def frames_from_normals(axis: Tensor, normal: Tensor) -> Tensor:
+    """Coordinate systems of an axis and a normal that is orthogonal to it up to rounding.
+
+    Parameters
+    ----------
+    axis, normal : Tensor of shape (n, 3)
+        Unit vectors, e1 and e2.
+
+    Returns
+    -------
+    Tensor of shape (n, 3, 3)
+        Orthogonal to rounding: what the normal has along the axis is left out.
+    """
+    third = torch.linalg.cross(axis, normal)
+    return torch.stack([axis, torch.linalg.cross(third, axis), third], dim=2)
+
+
 def axis_frames(axis: Tensor) -> Tensor:
     """Some coordinate system with a given first axis, for environments that do not care which.
 

@@ -19,10 +19,15 @@ from symmetrize.methods.ecse.candidates import (
     around_centroids,
     axial_order,
     collinear_square,
+    outermost_first,
     rigid_square,
 )
 from symmetrize.methods.ecse.strata import stratify
 from symmetrize.ops.ragged import segment_sum
+
+#: Which weights these are, in descriptions of saved models. Before there was a name for them: "levels", axes first and
+#: then partners for each of them.
+WEIGHTS = "pairs"
 
 
 class ECSE(FrameMethod):
@@ -41,9 +46,9 @@ class ECSE(FrameMethod):
     Parameters
     ----------
     cutoff_width : float
-        D, the distance (unit of the positions) over which neighbors of similar distance share their weight, and over
-        which a neighbor is switched off at the cutoff. Smaller: fewer evaluations and steeper weights (first derivative
-        up to 2 / D per competitor).
+        D, the distance (unit of the positions) over which pairs of neighbors of similar key share their weight, and
+        over which a neighbor is switched off at the cutoff. Smaller: fewer evaluations and steeper weights (derivative
+        with respect to the key up to 2 / D per competitor).
     collinearity_width : float
         sin^2 of the angle between two directions from which on their coordinate system counts fully (0.2: 27
         degrees); it is switched on from collinearity to there, as a function of the sine. Smaller: fewer axial
@@ -59,7 +64,8 @@ class ECSE(FrameMethod):
 
     Notes
     -----
-    The defaults are the widths of the paper: D_R = 0.15 angstrom, W = 0.2.
+    The defaults are the widths of the paper: D_R = 0.15 angstrom, W = 0.2. Nothing else is to be chosen: all other
+    numbers in the weights are pure ones.
     """
 
     def __init__(
@@ -87,11 +93,27 @@ class ECSE(FrameMethod):
             "cutoff_width": self.cutoff_width,
             "collinearity_width": self.collinearity_width,
             "fallback": self.fallback,
+            "weights": WEIGHTS,
         }
 
     @classmethod
     def rebuild(cls, description: dict[str, Any], auxiliary: Backbone | None) -> ECSE:
-        return cls(**(description if auxiliary is None else {**description, "fallback": auxiliary}))
+        """See `FrameMethod.rebuild`.
+
+        Raises
+        ------
+        DeclarationError
+            For a description of other weights than today's: they would change what a model gives.
+        """
+        arguments = dict(description)
+        weights = arguments.pop("weights", "levels")
+        if weights != WEIGHTS:
+            raise DeclarationError(
+                f"ECSE: weights: expected {WEIGHTS!r}, got {weights!r}: the model was saved with weights that this "
+                "version does not have; read it with the version that wrote it, or give it today's, which changes its "
+                "outputs where several frames count: load(folder, method=ECSE())"
+            )
+        return cls(**(arguments if auxiliary is None else {**arguments, "fallback": auxiliary}))
 
     def frames(
         self, batch: Data, *, group: str, scope: Scope, l_max: int, generator: torch.Generator | None = None
@@ -106,9 +128,11 @@ class ECSE(FrameMethod):
             In structure scope, for a periodic structure: it has no centroid.
         """
         if scope == "atom":
-            origins, vectors, ptr, available, reach = self._around_atoms(batch)
+            origins, vectors, ptr, available, reach, lengths = self._around_atoms(batch)
+            key, scale = lengths, lengths
         else:
-            origins, vectors, ptr, available, reach = self._around_centroids(batch)
+            origins, vectors, ptr, available, reach, key, scale = self._around_centroids(batch)
+            lengths = None
         order = axial_order(l_max)
         precision = torch.finfo(batch[keys.POS].dtype).eps
         rotations, weights, owner, stratum = stratify(
@@ -123,6 +147,9 @@ class ECSE(FrameMethod):
             collinear=collinear_square(precision),
             rigid_below=rigid_square(precision, order, l_max),
             threshold=2.0 * NEGLIGIBLE_WEIGHT,
+            lengths=lengths,
+            key=key,
+            scale=scale,
         )
         mask = batch.get(keys.CENTER_MASK)
         if scope == "atom" and mask is not None:
@@ -137,23 +164,24 @@ class ECSE(FrameMethod):
             weights=weights,
             owner=owner,
             stratum=stratum,
-            origins=origins[owner],
+            origins=origins.index_select(0, owner),
             n_owners=origins.shape[0],
             scope=scope,
         )
 
-    def _around_atoms(self, batch: Data) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def _around_atoms(self, batch: Data) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         vectors, radius = batch.get(keys.EDGE_VEC), batch.get(keys.EDGE_CUTOFF)
         if vectors is None or radius is None:
             raise InvalidInputError("ECSE: atom scope needs a neighbor list, expected edge_vec and edge_cutoff")
         pos = batch[keys.POS]
         center, mask = batch[keys.EDGE_INDEX][1], batch.get(keys.CENTER_MASK)
         if mask is not None:  # no work for atoms whose frames nobody wants
-            center, vectors = center[mask[center]], vectors[mask[center]]
-        vectors, ptr, available = around_atoms(vectors, center, pos.shape[0], float(radius), self.cutoff_width)
-        return pos, vectors, ptr, available, available
+            wanted = mask.index_select(0, center).nonzero()[:, 0]
+            center, vectors = center.index_select(0, wanted), vectors.index_select(0, wanted)
+        vectors, ptr, available, lengths = around_atoms(vectors, center, pos.shape[0], float(radius), self.cutoff_width)
+        return pos, vectors, ptr, available, available, lengths
 
-    def _around_centroids(self, batch: Data) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def _around_centroids(self, batch: Data) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         periodic = batch[keys.PBC].any(dim=1).nonzero()
         if len(periodic):
             raise InvalidInputError(
@@ -163,7 +191,8 @@ class ECSE(FrameMethod):
             )
         pos, structure, ptr = batch[keys.POS], batch[keys.BATCH], batch[keys.PTR]
         centroid, vectors, available = around_centroids(pos, structure, ptr)
-        return centroid.to(pos.dtype), vectors, ptr, available, torch.ones_like(available)
+        key, scale = outermost_first(vectors, structure, ptr.shape[0] - 1)
+        return centroid.to(pos.dtype), vectors, ptr, available, torch.ones_like(available), key, scale
 
     @staticmethod
     def _refuse_degenerate(batch: Data, scope: Scope, owner: Tensor, stratum: Tensor) -> None:

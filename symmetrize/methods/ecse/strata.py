@@ -2,10 +2,14 @@
 
 A cloud of candidates around a center has one of three kinds of stabiliser: none (two directions that are not
 collinear), the rotations about an axis (everything on one line), all rotations (nothing there). The weights of the
-three strata are products of two levels of stick-breaking (see `weights`), over primary axes j and, for each of them,
-over partners k:
+three strata are those of stick-breaking (see `weights`), among all pairs of an axis j and a partner k, and, for what
+they leave over, among the axes:
 
-    frame (j, k): w1_j w2_jk        axis j: w1_j b_j        point: B.
+    frame (j, k): w_jk        axis j: b w_j        point: b B
+
+with w_jk from the availabilities a_jk = g_k step(sin / sin_0), the key of the pair, and the availability of the axis:
+its share among all axes by distance, over 1.7 times the width. What pairs leave over is b, w_j comes from g_j and the
+distance, and B = prod_j (1 - g_j). In total at least sum w_jk + b >= 1.
 
 The axis stratum is the n-fold average about the axis over frames attached to all partners, with weights
 omega_jk ~ (g_k h_jk^2)^(n/2), h_jk the distance of the partner from the axis. A backbone's dependence on the angle
@@ -20,9 +24,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from symmetrize.methods.ecse.coordinate_systems import axis_frames, pair_frames, unit_vectors, with_mirrors
-from symmetrize.methods.ecse.weights import contenders, drop_negligible, stick_breaking
-from symmetrize.ops.ragged import gather_rows, segment_max, segment_sum
+from symmetrize.methods.ecse.coordinate_systems import (
+    axis_frames,
+    frames_from_normals,
+    pair_frames,
+    unit_vectors,
+    with_mirrors,
+)
+from symmetrize.methods.ecse.weights import (
+    BROAD,
+    contenders,
+    drop_negligible,
+    lowest_key,
+    pair_key,
+    shared_stick_breaking,
+    stick_breaking,
+)
+from symmetrize.ops.ragged import gather_rows, segment_max, segment_min, segment_sum
 from symmetrize.ops.rotations import cyclic_group
 from symmetrize.ops.switches import smooth_step
 
@@ -42,6 +60,10 @@ def stratify(
     frame: int = 0,
     axial: int = 1,
     point: int = 2,
+    lengths: Tensor | None = None,
+    key: Tensor | None = None,
+    scale: Tensor | None = None,
+    broad: float = BROAD,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Frames and weights of every owner from the candidates around it.
 
@@ -56,7 +78,7 @@ def stratify(
     ptr : Tensor of shape (n_owners + 1,)
         Offsets of the owners' candidates.
     width : float
-        D, the width over which candidates of similar distance share their weight.
+        D, the width over which pairs of similar key, and candidates of similar distance, share their weight.
     sine_width : float
         A partner counts fully from this sine of its angle with the axis on, and not at all on the axis.
     order : int
@@ -71,6 +93,15 @@ def stratify(
         Weights below it are switched off.
     frame, axial, point : int
         Numbers of the strata.
+    lengths : Tensor of shape (n_candidates,), optional
+        Of the vectors, if they are known; positive, also where a vector is zero and therefore not available.
+    key : Tensor of shape (n_candidates,), optional
+        What candidates are ordered by: those of lowest key come first. By default the length.
+    scale : Tensor of shape (n_candidates,), optional
+        Length that the preference for a right angle is measured in. By default that of the axis.
+
+    broad : float
+        Width over which axes share before pairs are compared, in units of ``width``.
 
     Returns
     -------
@@ -80,51 +111,89 @@ def stratify(
     stratum : Tensor of shape (n_frames,)
     """
     n_owners = ptr.shape[0] - 1
-    owner_of = torch.repeat_interleave(torch.arange(n_owners, device=ptr.device), ptr[1:] - ptr[:-1])
-    units, lengths = unit_vectors(vectors)
+    infinity = float("inf")
+    owner_of = torch.repeat_interleave(ptr[1:] - ptr[:-1], output_size=vectors.shape[0])
+    if lengths is None:
+        units, lengths = unit_vectors(vectors)
+    else:
+        units = vectors / lengths[:, None]
+    key = lengths if key is None else key
+    scale = lengths if scale is None else scale
 
-    # First level: primary axes.
-    axis = contenders(available.detach(), lengths.detach(), owner_of, n_owners, width).nonzero()[:, 0]
-    axis_owner = owner_of[axis]
-    axis_weight, point_weight = stick_breaking(available[axis], lengths[axis], axis_owner, n_owners, width)
-
-    # Second level: partners. Only active axes look for them, and only contenders enter the graph.
-    active = (axis_weight > 0.0).nonzero()[:, 0]
-    axis, axis_owner, axis_weight = axis[active], axis_owner[active], axis_weight[active]
-    n_axes = axis.shape[0]
-    partner, row = gather_rows(ptr, axis_owner)
-    distinct = partner != axis[row]
-    partner, row = partner[distinct], row[distinct]
     with torch.no_grad():
-        offered = available[partner] * _off_axis(units[axis[row]], units[partner], sine_width)
-        contending = contenders(offered, lengths[partner], row, n_axes, width).nonzero()[:, 0]
-    k, j = partner[contending], row[contending]
-    offered = available[k] * _off_axis(units[axis[j]], units[k], sine_width)
-    pair_weight, on_axis = stick_breaking(offered, lengths[k], j, n_axes, width)
-    pair_weight = axis_weight[j] * pair_weight
-    on_axis = axis_weight * on_axis
-
-    partner, row, attached_weight, rigid, free = _attach(
-        vectors, units, lengths, reach, axis, on_axis, partner, row, order, collinear, rigid_below
+        # The key of those that are available at all, and of those that are so fully.
+        open_key = key.masked_fill(available <= 0.0, infinity)
+        full_key = key.masked_fill(available < 1.0, infinity)
+        axis = contenders(open_key, full_key, owner_of, n_owners, broad * width).nonzero()[:, 0]
+    # Near neighbors are axes; among them the pairs decide.
+    on_axis, _ = stick_breaking(
+        available.index_select(0, axis),
+        key.index_select(0, axis),
+        owner_of.index_select(0, axis),
+        n_owners,
+        broad * width,
+    )
+    shared = torch.zeros_like(available).index_copy(0, axis, on_axis)
+    with torch.no_grad():
+        open_axis = key.masked_fill(shared <= 0.0, infinity)
+        full_axis = key.masked_fill(shared < 1.0, infinity)
+        first, second = _contending_pairs(
+            units, scale, open_axis, full_axis, open_key, full_key, owner_of, ptr, width, sine_width
+        )
+    owner = owner_of.index_select(0, first)
+    axis_unit, partner_unit = units.index_select(0, first), units.index_select(0, second)
+    normal = torch.linalg.cross(axis_unit, partner_unit)
+    sine = _sine(normal, sine_width)
+    offered = available.index_select(0, second) * smooth_step(sine / sine_width)
+    compared = pair_key(
+        key.index_select(0, first),
+        key.index_select(0, second),
+        scale.index_select(0, first),
+        _row_sums(axis_unit * partner_unit),
+    )
+    weights, left = shared_stick_breaking(
+        shared.index_select(0, first), offered, compared, first, owner, n_owners, width
     )
 
+    # Where everything has a full coordinate system, this is all.
+    complete = not bool((left > 0.0).any())
+    if complete:
+        weights = drop_negligible(weights, owner, n_owners, threshold * order)
+        keep = (weights > 0.0).nonzero()[:, 0]
+        weights, owner = weights.index_select(0, keep), owner.index_select(0, keep)
+        rotations = _full_frames(axis_unit, normal, sine, keep)
+        if mirror:
+            rotations = with_mirrors(rotations).view(-1, 3, 3)
+            weights, owner = (0.5 * weights).repeat(2), owner.repeat(2)
+        return rotations, weights, owner, torch.full_like(owner, frame)
+
+    # What is left goes to the axes, and what they leave to the point.
+    needy = (left > 0.0).index_select(0, owner_of)
+    axis = (contenders(open_key, full_key, owner_of, n_owners, width) & needy).nonzero()[:, 0]
+    axis_owner, line_unit = owner_of.index_select(0, axis), units.index_select(0, axis)
+    on_axis, point_weight = stick_breaking(
+        available.index_select(0, axis), key.index_select(0, axis), axis_owner, n_owners, width
+    )
+    on_axis, point_weight = on_axis * left.index_select(0, axis_owner), point_weight * left
+    partner, row, attached_weight, rigid, free = _attach(
+        vectors, units, lengths, reach, axis, on_axis, ptr, axis_owner, order, collinear, rigid_below
+    )
     # One list of weights, in which negligible ones are switched off before any frame is built.
-    weights = torch.cat([pair_weight, attached_weight, on_axis[free], point_weight])
-    owner = torch.cat([axis_owner[j], axis_owner[row], axis_owner[free], torch.arange(n_owners, device=ptr.device)])
+    free_weight = on_axis.index_select(0, free)
+    n_pair, n_attached, n_free = weights.shape[0], attached_weight.shape[0], free.shape[0]
+    weights = torch.cat([weights, attached_weight, free_weight, point_weight])
+    owner = torch.cat([owner, axis_owner[row], axis_owner[free], torch.arange(n_owners, device=ptr.device)])
     weights = drop_negligible(weights, owner, n_owners, threshold * order)
-    n_pair, n_attached, n_free = pair_weight.shape[0], attached_weight.shape[0], free.shape[0]
     pair_weight, attached_weight, free_weight, point_weight = torch.split(
         weights, [n_pair, n_attached, n_free, n_owners]
     )
 
-    lonely = (point_weight > 0.0).nonzero()[:, 0]
-
     keep = (pair_weight > 0.0).nonzero()[:, 0]
-    pair_weight, pair_owner = pair_weight[keep], axis_owner[j[keep]]
-    pair = pair_frames(units[axis[j[keep]]], units[k[keep]])
+    pair_weight, pair_owner = pair_weight.index_select(0, keep), owner.index_select(0, keep)
+    pair = _full_frames(axis_unit, normal, sine, keep)
     keep = (attached_weight > 0.0).nonzero()[:, 0]
-    attached = _attached_frames(units[axis[row[keep]]], units[partner[keep]], rigid[keep])
-    line = torch.cat([attached, axis_frames(units[axis[free]])])
+    attached = _attached_frames(line_unit[row[keep]], units[partner[keep]], rigid[keep])
+    line = torch.cat([attached, axis_frames(line_unit[free])])
     line_weight = torch.cat([attached_weight[keep], free_weight])
     line_owner = torch.cat([axis_owner[row[keep]], axis_owner[free]])
     turned = line[:, None] @ cyclic_group(order, line.device)
@@ -135,10 +204,9 @@ def stratify(
     stratum = torch.full_like(owner, axial)
     stratum[: pair_owner.shape[0]] = frame
     if mirror:
-        rotations = with_mirrors(rotations).reshape(-1, 3, 3)
-        weights = torch.cat([weights, weights]) / 2.0
-        owner = torch.cat([owner, owner])
-        stratum = torch.cat([stratum, stratum])
+        rotations = with_mirrors(rotations).view(-1, 3, 3)
+        weights, owner, stratum = (0.5 * weights).repeat(2), owner.repeat(2), stratum.repeat(2)
+    lonely = (point_weight > 0.0).nonzero()[:, 0]
     identity = torch.eye(3, dtype=vectors.dtype, device=vectors.device).expand(lonely.shape[0], 3, 3)
     return (
         torch.cat([rotations, identity]),
@@ -148,6 +216,98 @@ def stratify(
     )
 
 
+def _contending_pairs(
+    units: Tensor,
+    scale: Tensor,
+    open_axis: Tensor,
+    full_axis: Tensor,
+    open_key: Tensor,
+    full_key: Tensor,
+    owner_of: Tensor,
+    ptr: Tensor,
+    width: float,
+    sine_width: float,
+) -> tuple[Tensor, Tensor]:
+    """Which pairs of an axis and a partner can have weight, from keys and cosines alone.
+
+    A superset does no harm: what is here without need gets weight 0, and takes no part in the weights of the others.
+
+    Parameters
+    ----------
+    open_axis, full_axis, open_key, full_key : Tensor of shape (n_candidates,)
+        Key of a candidate, infinity if it is not available (fully), as an axis and as a partner.
+
+    Returns
+    -------
+    axis, partner : Tensor of shape (n_pairs,)
+        Candidates, ordered by owner.
+    """
+    n_owners = ptr.shape[0] - 1
+    infinity = float("inf")
+    # The first axis that is available fully, and the best partner that it has, leave nothing to pairs that are more
+    # than the width behind.
+    lead = segment_min(full_axis, owner_of, n_owners, infinity).index_select(0, owner_of)
+    axis = ((full_axis == lead) & (full_axis < infinity)).nonzero()[:, 0]
+    first, _, _, closed = _pair_keys(units, scale, open_axis, open_key, full_key, owner_of, ptr, axis, sine_width)
+    limit = segment_min(closed, owner_of.index_select(0, first), n_owners, infinity) + width
+    nearest = segment_min(open_key, owner_of, n_owners, infinity).index_select(0, owner_of)
+    axis = (lowest_key(open_axis, nearest, scale) < limit.index_select(0, owner_of)).nonzero()[:, 0]
+    first, second, possible, closed = _pair_keys(
+        units, scale, open_axis, open_key, full_key, owner_of, ptr, axis, sine_width
+    )
+    full = closed.masked_fill(full_axis.index_select(0, first) == infinity, infinity)
+    # Among the pairs of one axis it does not matter how far the axis is available.
+    contending = contenders(possible, full, owner_of.index_select(0, first), n_owners, width)
+    contending = contending & contenders(possible, closed, first, owner_of.shape[0], width)
+    chosen = contending.nonzero()[:, 0]
+    return first.index_select(0, chosen), second.index_select(0, chosen)
+
+
+def _pair_keys(
+    units: Tensor,
+    scale: Tensor,
+    open_axis: Tensor,
+    open_key: Tensor,
+    full_key: Tensor,
+    owner_of: Tensor,
+    ptr: Tensor,
+    axis: Tensor,
+    sine_width: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """All pairs of some axes, with their keys: infinity for pairs that are not available.
+
+    Returns
+    -------
+    first, second : Tensor of shape (n_pairs,)
+    possible, closed : Tensor of shape (n_pairs,)
+        For pairs that are available at all, and for those that are so fully where their axis is.
+    """
+    infinity = float("inf")
+    second, row = gather_rows(ptr, owner_of.index_select(0, axis))
+    first = axis.index_select(0, row)
+    cosine = _row_sums(units.index_select(0, first) * units.index_select(0, second))
+    square = cosine * cosine
+    # Nearer to the axis the switch in the angle is 0 to rounding; for a small width the cosine does not resolve that.
+    width = sine_width * sine_width
+    off_axis = 1.0 - 5e-7 * width if width > 1e-8 else 2.0
+    on_axis = (square >= off_axis) | (first == second)
+    lead, length = open_axis.index_select(0, first), scale.index_select(0, first)
+    possible = pair_key(lead, open_key.index_select(0, second), length, cosine)
+    closed = pair_key(lead, full_key.index_select(0, second), length, cosine)
+    return (
+        first,
+        second,
+        possible.masked_fill(on_axis, infinity),
+        closed.masked_fill((square > 1.0 - width) | on_axis, infinity),
+    )
+
+
+def _full_frames(first: Tensor, normal: Tensor, sine: Tensor, keep: Tensor) -> Tensor:
+    """Coordinate systems of the pairs that are kept."""
+    normal = normal.index_select(0, keep) / sine.index_select(0, keep)[:, None]
+    return frames_from_normals(first.index_select(0, keep), normal)
+
+
 def _attach(
     vectors: Tensor,
     units: Tensor,
@@ -155,8 +315,8 @@ def _attach(
     reach: Tensor,
     axis: Tensor,
     on_axis: Tensor,
-    partner: Tensor,
-    row: Tensor,
+    ptr: Tensor,
+    axis_owner: Tensor,
     order: int,
     collinear: float,
     rigid_below: float,
@@ -174,8 +334,9 @@ def _attach(
         Axes on which everything is collinear to rounding: no partner, and none needed.
     """
     n_axes = axis.shape[0]
-    near_line = (on_axis > 0.0)[row].nonzero()[:, 0]
-    partner, row = partner[near_line], row[near_line]
+    near_line = (on_axis > 0.0).nonzero()[:, 0]
+    partner, row = gather_rows(ptr, axis_owner[near_line])
+    row = near_line[row]
     height = torch.linalg.cross(units[axis[row]], vectors[partner])
     # Relative to the longer arm: an atom next to the origin is off the axis by its distance, not by its direction.
     longer = torch.maximum(lengths[partner], lengths[axis[row]]).detach()
@@ -203,14 +364,15 @@ def _attached_frames(axis: Tensor, partner: Tensor, rigid: Tensor) -> Tensor:
     return torch.where(rigid[:, None, None], carried, frames)
 
 
-def _off_axis(axis: Tensor, partner: Tensor, width: float) -> Tensor:
-    """Smooth switch in the sine of the angle: 0 for directions on one line, 1 well off it.
+def _sine(normal: Tensor, width: float) -> Tensor:
+    """Sine of the angle between two directions from their cross product, for a switch from 0 to ``width``.
 
     In the sine, and from 0 on, the switch is as slow as it can be for the range of angles that it covers. At 0, where
-    the sine has a cone, the switch is flat to all orders.
+    the sine has a cone, the switch is flat to all orders: there the sine stops, so that no derivative meets the cone.
     """
-    normal = torch.linalg.cross(axis, partner)
-    square = (normal * normal).sum(dim=1)
-    flat = square < 1e-6 * width * width
-    sine = torch.sqrt(torch.where(flat, torch.ones_like(square), square))
-    return smooth_step(torch.where(flat, torch.zeros_like(sine), sine) / width)
+    return torch.sqrt(_row_sums(normal * normal).clamp(min=1e-6 * width * width))
+
+
+def _row_sums(values: Tensor) -> Tensor:
+    """Sums over the three components: as a matrix product, several times faster than a reduction of so short rows."""
+    return torch.mv(values, torch.ones([3], dtype=values.dtype, device=values.device))
