@@ -59,10 +59,8 @@ class SymmetrizerCalculator(Calculator):
     it is. Results follow the structure, not the model: after a change of its parameters call ``reset()``. The model is
     used as it is: put it into evaluation mode if it behaves differently in training.
 
-    ``torch.compile`` is for the network inside the backbone, in evaluation mode: ``model.eval()`` and
-        ``for block in model.backbone.network.gnn_layers: block.trans.compile(dynamic=True)``. Compiled code has no second
-    derivatives: it serves energies, forces and stress, but neither training on forces nor ``create_graph=True``. The
-    Symmetrizer itself, which handles batches of any size and neighbor lists, does not compile.
+    ``model.compile()`` compiles the network inside for inference (see `symmetrize.Symmetrizer.compile`); ``dtype=``
+    copies the model, and copies are not compiled: compile ``calc.model`` then.
     """
 
     implemented_properties = ["energy", "free_energy", "energies", "forces", "stress"]  # noqa: RUF012 (ASE's interface)
