@@ -61,9 +61,10 @@ class Backbone(torch.nn.Module, ABC):
     """A model of point clouds that knows nothing about rotations.
 
     A subclass sets the declarations below in its ``__init__`` (through ``super().__init__(...)``) and writes one
-    method, ``forward``. In exchange for making no promise about rotations it promises: permutation equivariance,
-    translation invariance, independence of the other structures of the batch, smoothness, and no mutation of its
-    input. ``symmetrize.testing`` measures each promise.
+    method, ``forward``. In exchange for making no promise about rotations it promises: permutation equivariance (of
+    copies that only differ in the order of their atoms one is evaluated), translation invariance, independence of
+    the other structures of the batch, smoothness, and no mutation of its input. ``symmetrize.testing`` measures
+    each promise.
 
     Parameters
     ----------
@@ -81,9 +82,10 @@ class Backbone(torch.nn.Module, ABC):
     #: Whether ``prepare`` and ``forward_frames`` are implemented.
     shares_work: bool = False
 
-    #: Entries of the cache of `prepare` with a row per atom or per edge, as name -> "atom" or "edge": `forward_frames`
-    #: gets the rows of the copies instead of all. Large caches should be named here: the gradient of an entry that is
-    #: not costs as much as the whole entry in every call.
+    #: What the entries of the cache of `prepare` are, by name. "atom", "edge": one row for each; `forward_frames` gets
+    #: the rows of the copies instead of all. "graph": numbers of atoms and edges, handed over whole, as is what is not
+    #: named. Large caches should be named: the gradient of an entry that is not costs as much as the whole entry in
+    #: every call, and copies that look the same are evaluated once only if all entries are named.
     cache_rows: Mapping[str, str] = {}
 
     #: Atomic numbers that it knows; None: any.

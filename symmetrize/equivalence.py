@@ -27,7 +27,7 @@ from symmetrize import keys
 from symmetrize.backbone import Backbone, Copies
 from symmetrize.copies import pack
 from symmetrize.evaluation import Source, turned
-from symmetrize.ops.ragged import gather_rows, offsets, positions_in_rows, segment_sum
+from symmetrize.ops.ragged import gather_rows, offsets, positions_in_rows, segment_max, segment_sum
 
 # Fields of a batch whose rows are compared, or that do not differ inside a structure.
 _KNOWN = frozenset(
@@ -43,12 +43,14 @@ _KNOWN = frozenset(
         keys.EDGE_CUTOFF,
         keys.CELL_SHIFT,
         keys.CENTER_MASK,
+        keys.CHARGE,
+        keys.SPIN_MULTIPLICITY,
     }
 )
 #: Numbers in a fingerprint: more make it rarer that copies that differ are gathered for one call.
 N_NUMBERS = 4
-#: Weight of what was derived from the geometry when copies are compared, relative to the geometry itself.
-DERIVED = 1e-3
+#: Weight of what was derived from the geometry, and may be steep, when copies are compared.
+DERIVED = 0.125
 _GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0
 
 
@@ -63,23 +65,27 @@ class Table:
     copy : Tensor of shape (n_rows,)
         The copy that each is part of.
     n_copies : int
+    edge_features, edge_label : Tensor of shape (n_copied_edges, n), (n_copied_edges,), optional
+        What is known of edges that are no rows of their own.
     """
 
     features: Tensor
     label: Tensor
     copy: Tensor
     n_copies: int
+    edge_features: Tensor | None = None
+    edge_label: Tensor | None = None
 
     def projection(self, n_numbers: int) -> Tensor:
         """Numbers per row by which rows are told apart: Tensor of shape (n_rows, n_numbers)."""
         generator = torch.Generator().manual_seed(5)
         directions = torch.randn(N_NUMBERS, self.features.shape[1], generator=generator, dtype=torch.float64)
         directions = torch.nn.functional.normalize(directions, dim=1)[:n_numbers].T
-        return self.features @ directions.to(self.features.device)
+        return 8.0 * self.features @ directions.to(self.features.device)
 
     def fingerprint(self, n_numbers: int) -> Tensor:
         """Numbers per copy that do not depend on the order of its rows: Tensor of shape (n_copies, n_numbers)."""
-        phase = torch.remainder(self.label.to(torch.float64) * _GOLDEN, 1.0) * (2.0 * math.pi)
+        phase = torch.remainder(torch.remainder(self.label, 1000003).to(torch.float64) * _GOLDEN, 1.0) * (2.0 * math.pi)
         return segment_sum(torch.cos(self.projection(n_numbers) + phase[:, None]), self.copy, self.n_copies)
 
 
@@ -122,14 +128,13 @@ def candidates(backbone: Backbone, source: Source, stars: bool) -> Tensor | None
     are no periodic images.
     """
     batch = source.batch
-    if backbone.vectors or _has_unknown_rows(batch):
+    if backbone.vectors or not _has_known_fields(batch) or any(module.training for module in backbone.modules()):
         return None
-    if source.shared and not backbone.cache_rows:
-        # Nothing is known of what was prepared: it may depend on the order of the points.
+    if not all(name in source.levels for name in (*source.inputs, *source.constants)):
+        # Of what was prepared: it may be anything, such as an order of the points.
         return None
     if stars:
-        whole = [name for name in source.inputs if source.levels.get(name) not in ("atom", "edge")]
-        return None if whole else torch.ones_like(batch[keys.PBC][:, 0])
+        return torch.ones_like(batch[keys.PBC][:, 0])
     finite = ~batch[keys.PBC].any(dim=1)
     if not source.shared:
         finite = finite & (batch[keys.CELL] == 0.0).flatten(1).all(dim=1)
@@ -185,32 +190,54 @@ def symmetric_owners(batch: Data, scope: str, comparable: Tensor, tolerance: flo
     return comparable[structure] & (symmetric | (torch.bincount(number) > 1)[number])
 
 
-def _has_unknown_rows(batch: Data) -> bool:
-    n_atoms = batch[keys.POS].shape[0]
+def _has_known_fields(batch: Data) -> bool:
+    """Whether all that a backbone can read is compared, or is the same for all copies of a structure."""
+    n_structures = batch[keys.PTR].shape[0] - 1
     for name in batch.keys():
         value = batch[name]
-        if name not in _KNOWN and isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == n_atoms:
-            return True
-    return False
+        number = isinstance(value, (bool, int, float)) or (isinstance(value, Tensor) and value.shape == (n_structures,))
+        if name not in _KNOWN and not number:
+            return False
+    return True
+
+
+def coordinate_sizes(batch: Data) -> Tensor:
+    """Largest coordinate or periodic lattice vector, which rounding is relative to: Tensor of shape (n_structures,)."""
+    cells = torch.where(batch[keys.PBC][:, :, None], batch[keys.CELL].detach(), torch.zeros_like(batch[keys.CELL]))
+    farthest = segment_max(batch[keys.POS].detach().abs().amax(dim=1), batch[keys.BATCH], cells.shape[0], 0.0)
+    return torch.maximum(farthest, cells.abs().flatten(1).amax(dim=1)).clamp(min=1.0).to(torch.float64)
 
 
 def tabulate(
-    source: Source, local: dict[str, Tensor], copies: Copies, rotations: Tensor, origins: Tensor, stars: bool
+    source: Source,
+    local: dict[str, Tensor],
+    copies: Copies,
+    rotations: Tensor,
+    origins: Tensor,
+    size: Tensor,
+    stars: bool,
 ) -> Table:
-    """The points of copies in local coordinates, with everything else that is known of them."""
+    """The points of copies in local coordinates, relative to ``size``, with everything else that is known of them.
+
+    ``size`` is that of the structure of each copy, see `coordinate_sizes`.
+    """
     n_copies = rotations.shape[0]
     if not stars and keys.POS not in local:
         # Not an input of what reads edges, but what its edges follow from.
         pos = source.batch[keys.POS].detach()[copies.atom] - origins.detach()[copies.atom_copy]
         local = {**local, keys.POS: turned(pos, rotations.detach().to(pos.dtype), copies.atom_copy)}
     atoms, atom_label = _level(source, local, copies, "atom")
-    atom_label = 2 * atom_label + copies.center
+    atom_label = _mixed(atom_label, copies.center)
     species = source.batch.get(keys.Z)
-    if species is not None and not source.shared:
-        atom_label = atom_label + 1009 * species[copies.atom]
-    if not stars:
-        return Table(atoms, atom_label, copies.atom_copy, n_copies)
+    if species is not None:
+        atom_label = _mixed(atom_label, species[copies.atom])
+    atoms = atoms / size[copies.atom_copy, None]
     edges, edge_label = _level(source, local, copies, "edge")
+    edges = edges / size[copies.edge_copy, None]
+    if not stars:
+        return Table(atoms, atom_label, copies.atom_copy, n_copies, edges, edge_label)
+    if species is not None:
+        edge_label = _mixed(edge_label, species[source.batch[keys.EDGE_INDEX][0, copies.edge]])
     width = max(atoms.shape[1], edges.shape[1])
     atoms, edges = (torch.nn.functional.pad(part, (0, width - part.shape[1])) for part in (atoms, edges))
     label = torch.cat([-1 - atom_label, edge_label])
@@ -232,10 +259,16 @@ def _level(source: Source, local: dict[str, Tensor], copies: Copies, level: str)
             # Functions of distances, which may be steep: of bounded size, and compared less strictly.
             columns = DERIVED * columns / (1.0 + columns.abs())
         parts.append(columns)
-    for number, (name, value) in enumerate(source.constants.items()):
+    for name, value in source.constants.items():
         if source.levels.get(name) == level and rows is not None:
-            label = label + (31 + 2 * number) * value.index_select(0, rows).to(torch.int64)
+            for column in value.index_select(0, rows).reshape(n, math.prod(value.shape[1:])).unbind(dim=1):
+                label = _mixed(label, column)
     return torch.cat(parts, dim=1), label
+
+
+def _mixed(label: Tensor, value: Tensor) -> Tensor:
+    """A number that depends on both (a step of a linear congruential generator, modulo 2^64)."""
+    return (label + value.to(torch.int64) + 1) * 6364136223846793005 + 1442695040888963407
 
 
 def classes(fingerprint: Tensor, kind: Tensor, tolerance: float) -> Tensor:
@@ -290,7 +323,7 @@ def correspondence(
         Supposed class of each copy.
     copies : Copies
     tolerance : float
-        Largest difference of features.
+        Largest difference of features, relative to the size of the structure.
     stars : bool
 
     Returns
@@ -323,7 +356,7 @@ def correspondence(
     same = (representative == itself)[copy]
     matched[order] = torch.where(same, order, order[partner])
     if not stars:
-        edge, different = _matching_edges(copies, representative, matched, n_copies)
+        edge, different = _matching_edges(table, copies, representative, matched, tolerance)
         representative = torch.where(different, itself, representative)
         alone = (representative == itself)[copies.atom_copy]
         matched = torch.where(alone, torch.arange(alone.shape[0], device=device), matched)
@@ -333,19 +366,28 @@ def correspondence(
     return representative, representative, matched[n_copies:] - n_copies
 
 
-def _matching_edges(copies: Copies, representative: Tensor, atom: Tensor, n_copies: int) -> tuple[Tensor, Tensor]:
-    """Edges between the atoms that correspond to the ends of each edge, and copies that lack one or have too many.
+def _matching_edges(
+    table: Table, copies: Copies, representative: Tensor, atom: Tensor, tolerance: float
+) -> tuple[Tensor, Tensor]:
+    """Edges between the atoms that correspond to the ends of each edge, and copies whose edges are others.
 
     Rounding decides whether there is an edge between atoms whose distance is the cutoff.
     """
-    n_atoms = atom.shape[0]
+    n_atoms, n_copies = atom.shape[0], table.n_copies
     key = copies.target * n_atoms + copies.source
     order = torch.argsort(key)
     wanted = atom[copies.target] * n_atoms + atom[copies.source]
     place = torch.searchsorted(key[order], wanted).clamp(max=max(0, key.shape[0] - 1))
     edge = order[place]
     counts = torch.bincount(copies.edge_copy, minlength=n_copies)
-    missing = segment_sum((key[edge] != wanted).to(torch.int64), copies.edge_copy, n_copies)
+    unlike = key[edge] != wanted
+    if table.edge_features is not None and table.edge_features.shape[1]:
+        moved = (table.edge_features - table.edge_features[edge]).abs()
+        # Vectors follow from the positions of their ends, to a few times the rounding.
+        unlike = unlike | (moved.amax(dim=1) > 4.0 * tolerance)
+    if table.edge_label is not None:
+        unlike = unlike | (table.edge_label != table.edge_label[edge])
+    missing = segment_sum(unlike.to(torch.int64), copies.edge_copy, n_copies)
     return edge, (missing > 0) | (counts != counts[representative])
 
 

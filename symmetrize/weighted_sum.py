@@ -30,6 +30,7 @@ from symmetrize.equivalence import (
     averaged,
     candidates,
     classes,
+    coordinate_sizes,
     correspondence,
     pack_classes,
     reduced,
@@ -109,11 +110,9 @@ class WeightedSum:
         self.stars = frames.scope == "atom" and backbone.shares_work and (hops or 0) <= 1
         # Once per batch: every chunk looks up its edges here.
         self.edge_ptr = edge_offsets(self.batch)
-        # Differences in local coordinates that rounding of positions and lattice vectors makes.
-        size = (
-            torch.cat([self.batch[keys.POS].detach().flatten(), self.batch[keys.CELL].detach().flatten()]).abs().max()
-        )
-        self.tolerance = 32.0 * torch.finfo(size.dtype).eps * max(1.0, float(size))
+        # Differences in local coordinates that rounding of positions and lattice vectors makes, relative to their size.
+        self.tolerance = 4.0 * torch.finfo(self.batch[keys.POS].dtype).eps
+        self.sizes: Tensor | None = None
         self.collect = collect
         self.collected: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = defaultdict(list)
 
@@ -227,7 +226,9 @@ class WeightedSum:
         comparable = candidates(backbone, source, self.stars)
         if comparable is None:
             return None
-        likely = symmetric_owners(self.batch, frames.scope, comparable, self.tolerance)[frames.owner]
+        self.sizes = coordinate_sizes(self.batch)
+        largest = self.tolerance * float(self.sizes.max())
+        likely = symmetric_owners(self.batch, frames.scope, comparable, 8.0 * largest)[frames.owner]
         parts = _some(self.parts, likely)
         # Copies of one structure and stratum are compared, all others are of a kind of their own.
         structure = frames.owner if frames.scope == "structure" else self.batch[keys.BATCH][frames.owner]
@@ -244,7 +245,7 @@ class WeightedSum:
                 table = self._table(_leaves(tensors, self._rows(chunk)), chunk)
                 fingerprint.append(table.fingerprint(n_numbers))
             found = torch.cat(frame)
-            its = classes(torch.cat(fingerprint), number[found], 16.0 * self.tolerance)
+            its = classes(torch.cat(fingerprint), number[found], 1024.0 * self.tolerance)
             number[found] = its + int(number.max()) + 1
             tied = torch.zeros_like(number, dtype=torch.bool)
             tied[found] = (torch.bincount(its) > 1)[its]
@@ -314,7 +315,8 @@ class WeightedSum:
         return rotated_inputs(self.backbone, self.source, inputs, chunk.copies, local[-3], local[-2])
 
     def _table(self, local: list[Tensor], chunk: Chunk) -> Table:
-        return tabulate(self.source, self._local(local, chunk), chunk.copies, local[-3], local[-2], self.stars)
+        size = (coordinate_sizes(self.batch) if self.sizes is None else self.sizes)[chunk.structure]
+        return tabulate(self.source, self._local(local, chunk), chunk.copies, local[-3], local[-2], size, self.stars)
 
     def _merge(self, chunk: Chunk, number: Tensor, local: list[Tensor]) -> Merge:
         copies = chunk.copies

@@ -148,7 +148,7 @@ def test_nearly_symmetric_is_not_symmetric(displacement, monkeypatch):
 
 
 def test_a_tolerance_that_is_too_large_is_seen(monkeypatch):
-    """The twin: with differences of 0.02 taken for rounding the results change."""
+    """The twin: with differences of 0.02 angstrom taken for rounding the results change."""
     atoms = turned(CRYSTALS["diamond"])
     atoms.rattle(0.002, seed=3)
     model = Symmetrizer(pet(1), ECSE(), group="SO(3)", scope="atom")
@@ -156,7 +156,7 @@ def test_a_tolerance_that_is_too_large_is_seen(monkeypatch):
 
     def careless(self, *args):
         create(self, *args)
-        self.tolerance = 0.02
+        self.tolerance = 0.002
 
     monkeypatch.setattr(WeightedSum, "__init__", careless)
     merged, n_merged, plain, n_plain = both(model, from_ase(atoms), monkeypatch, forces=True)
@@ -241,3 +241,59 @@ def test_derivatives_of_forces_are_not_merged(monkeypatch):
         shifted.pos[1, 2] += sign * step
         moved.append(float(model(shifted, forces=True, create_graph=False)["forces"][0, 0]))
     assert math.isclose(float(row[1, 2]), (moved[0] - moved[1]) / (2 * step), rel_tol=1e-5, abs_tol=1e-9)
+
+
+def test_what_depends_on_more_than_the_star_is_compared(monkeypatch):
+    """Adaptive cutoffs see neighbors of neighbors: the layers of a slab differ, in single precision too."""
+    sizes = dict(d_pet=16, d_node=16, d_head=8, d_feedforward=16, num_heads=2)
+    network = PET(PETConfig(atomic_types=SPECIES, cutoff=4.0, num_neighbors_adaptive=6.0, **sizes))
+    atoms = turned(ase.build.fcc111("Al", (3, 3, 3), vacuum=10), 2)
+    exact = Symmetrizer(network.double(), ECSE(), scope="atom").eval()(from_ase(atoms), forces=True)["forces"]
+    model = Symmetrizer(network.float(), ECSE(), scope="atom")
+    merged, n_merged, plain, n_plain = both(model, from_ase(atoms, dtype=torch.float32), monkeypatch, forces=True)
+    error, rounding = (float((out["forces"] - exact).abs().max()) for out in (merged, plain))
+    assert error < 4.0 * rounding and n_merged < n_plain
+
+
+@pytest.mark.parametrize("size", [1.0, 3000.0])
+def test_tolerance_is_that_of_the_structure(size, monkeypatch):
+    """What is far away elsewhere in the batch makes nothing equal here."""
+    benzene = turned(MOLECULES["C6H6"])
+    benzene.rattle(1e-3, seed=2)
+    batch = from_ase([benzene, Atoms("He", positions=[[size, 0, 0]])], dtype=torch.float32)
+    model = Symmetrizer(pet(1, torch.float32), ECSE(), scope="atom")
+    _, n_merged, _, n_plain = both(model, batch, monkeypatch, forces=True)
+    assert n_merged == n_plain
+
+
+def test_nothing_is_merged_that_is_not_known_to_be_equal(monkeypatch):
+    batch = from_ase(turned(MOLECULES["C6H6"]))
+    model = Symmetrizer(pet(1), ECSE(), scope="atom")
+
+    def counts(batch):
+        _, n_merged, _, n_plain = both(model, batch, monkeypatch)
+        return n_merged < n_plain
+
+    assert counts(batch)
+    for name, value in {
+        "bonds": torch.tensor([[0, 1, 2]]),
+        "adjacency": torch.ones(1, 12, 12),
+        "name": "benzene",
+    }.items():
+        extended = batch.clone()
+        extended[name] = value
+        assert not counts(extended), name
+    labelled = batch.clone()
+    labelled.charge, labelled.y = torch.tensor([0]), torch.tensor([1.5])
+    assert counts(labelled)
+    # A cache with an entry of which nothing is known.
+    with monkeypatch.context() as patch:
+        patch.setattr(PET, "cache_rows", {n: level for n, level in PET.cache_rows.items() if n != "source"})
+        assert not counts(batch)
+    # Random numbers and statistics of batches are those of every copy.
+    counter = Counter(monkeypatch)
+    with torch.no_grad():
+        model.train()(batch)
+        n_training, counter.n = counter.n, 0
+        model.eval()(batch)
+    assert counter.n < n_training

@@ -384,7 +384,7 @@ def test_forces_are_differentiable_once_more():
     batch[keys.POS].requires_grad_()
     out = model(batch, forces=True)["forces"]
     got = torch.autograd.grad(out, batch[keys.POS], direction)[0]
-    expected = (forces(1e-4) - forces(-1e-4)) / 2e-4
+    expected = (forces(2e-5) - forces(-2e-5)) / 4e-5
     torch.testing.assert_close(got, expected.detach(), rtol=1e-5, atol=1e-7)
 
 

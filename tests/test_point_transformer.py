@@ -76,7 +76,7 @@ def test_training_through_sampled_frames_learns_in_every_pose():
         return from_points(points.reshape(-1, 3), torch.arange(2).repeat_interleave(24))
 
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
-    for _ in range(30):
+    for _ in range(60):
         batch = draw()
         frames = model.frames(batch)
         owners = range(frames.n_owners)

@@ -60,6 +60,10 @@ class PET(Backbone):
         "neighbor_species": "edge",
         "edge_scalars": "edge",
         "repulsion": "edge",
+        "source": "graph",
+        "target": "graph",
+        "center": "graph",
+        "reverse": "graph",
     }
 
     adapter = "pet"
