@@ -141,9 +141,8 @@ def run(setting: Setting) -> Result:
         "Scalar, vector: largest second derivative of both outputs of a random network of plane waves, symmetrized.",
         "At equal steepness: the number that goes with the mean first and second derivative of "
         f"'{FORMS[0].name}' at D = 0.15 Å, whichever needs more; interpolated between the widths of the table.",
-        "levels: stick-breaking among axes, then among the partners of each, by distance. + gentle step: a step of "
-        "lower derivatives. + angle: partners at a right angle come first. pairs: all pairs of a center against each "
-        "other.",
+        "levels: stick-breaking among axes, then among the partners of each, by distance. + angle: partners at a "
+        "right angle come first. pairs: all pairs of a center against each other.",
     ]
     parameters = {"cutoff": CUTOFF, "collinearity_width": COLLINEARITY_WIDTH, "widths": list(WIDTHS)}
     rows = [r for r in records if r["width"] == 0.15]
@@ -283,7 +282,7 @@ def draw(records: list[dict[str, Any]], path: str) -> None:
         figure = Figure(figsize=(10.0, 5.2), layout="constrained")
         panels = figure.subplots(2, (len(names) + 1) // 2, squeeze=False).ravel()
         for panel, name in zip(panels, names, strict=False):
-            for form, color in zip(FORMS, ("#5a6876", "#2f78c4", "#e0a526", "#d9622b"), strict=True):
+            for form, color in zip(FORMS, ("#5a6876", "#e0a526", "#d9622b"), strict=True):
                 curve = [
                     r for r in records if r["set"] == name and r["weights"] == form.name and r["second mean"] > 1e-3
                 ]
