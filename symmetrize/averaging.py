@@ -85,18 +85,12 @@ class Average:
             weighted = values * weight[copy].reshape((-1,) + (1,) * (values.dim() - 1))
             self.sums[name] = self.sums[name].index_add(0, rows, weighted)
             if self.spread:
-                self._collect(name, spec, values.detach(), weight.detach(), copy, rows)
+                owners = torch.arange(frames.n_owners, device=rows.device)
+                self.sum.collect_values(name, values, weight, copy, rows, owners)
             if name == self.energy and weighted.requires_grad:
                 scalar = weighted.sum()
                 self.differentiated.append(scalar)
                 self.cotangents.append(torch.ones_like(scalar))
-
-    def _collect(self, name: str, spec: OutputSpec, values: Tensor, weight: Tensor, copy: Tensor, rows: Tensor) -> None:
-        self.sum.collected[name].append((values, weight[copy], rows))
-        if spec.reduce is not None and self.model.scope == "structure":
-            owners = torch.arange(weight.shape[0], device=weight.device)
-            reduced = spec.reduce_atoms(values, copy, weight.shape[0])
-            self.sum.collected[name + REDUCED].append((reduced, weight, owners))
 
     def _finish(self) -> dict[str, Tensor]:
         graph, dtype = self.graph, self.graph[keys.POS].dtype

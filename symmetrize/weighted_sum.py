@@ -242,7 +242,8 @@ class WeightedSum:
             frame, fingerprint = [], []
             for chunk in self._chunks(parts):
                 frame.append(chunk.frame)
-                table = self._table(_leaves(tensors, self._rows(chunk)), chunk)
+                local = _leaves(tensors, self._rows(chunk))
+                table = self._table(self._local(local, chunk), local, chunk)
                 fingerprint.append(table.fingerprint(n_numbers))
             found = torch.cat(frame)
             its = classes(torch.cat(fingerprint), number[found], 1024.0 * self.tolerance)
@@ -300,7 +301,7 @@ class WeightedSum:
             got = run_backbone(backbone, self.source, inputs, copies)
             outputs = check_outputs(backbone, got, copies, chunk.frame.shape[0], self.batch)
         else:
-            merged = self._merge(chunk, chunk.number, local)
+            merged = self._merge(chunk, chunk.number, inputs, local)
             inputs = averaged(self.source, inputs, copies, weights, merged)
             got = run_backbone(backbone, self.source, inputs, merged.copies)
             got = check_outputs(backbone, got, merged.copies, merged.chosen.shape[0], self.batch)
@@ -314,14 +315,14 @@ class WeightedSum:
         inputs = dict(zip(self.inputs, local[:-3], strict=True))
         return rotated_inputs(self.backbone, self.source, inputs, chunk.copies, local[-3], local[-2])
 
-    def _table(self, local: list[Tensor], chunk: Chunk) -> Table:
+    def _table(self, inputs: dict[str, Tensor], local: list[Tensor], chunk: Chunk) -> Table:
         size = (coordinate_sizes(self.batch) if self.sizes is None else self.sizes)[chunk.structure]
-        return tabulate(self.source, self._local(local, chunk), chunk.copies, local[-3], local[-2], size, self.stars)
+        return tabulate(self.source, inputs, chunk.copies, local[-3], local[-2], size, self.stars)
 
-    def _merge(self, chunk: Chunk, number: Tensor, local: list[Tensor]) -> Merge:
+    def _merge(self, chunk: Chunk, number: Tensor, inputs: dict[str, Tensor], local: list[Tensor]) -> Merge:
         copies = chunk.copies
         with torch.no_grad():
-            table = self._table(local, chunk)
+            table = self._table(inputs, local, chunk)
             representative, atom, edge = correspondence(
                 table, torch.unique(number, return_inverse=True)[1], copies, self.tolerance, self.stars
             )
@@ -345,14 +346,20 @@ class WeightedSum:
     def _observe(self, outputs: dict[str, Tensor], local: list[Tensor], chunk: Chunk) -> None:
         if not self.collect:
             return
-        weights = local[-1].detach()
-        for name, spec in self.backbone.outputs.items():
-            values, row_copy = outputs[name].detach(), chunk.row_copy[name]
-            self.collected[name].append((values, weights[row_copy], chunk.row_target[name]))
-            if spec.reduce is not None and self.frames.scope == "structure":
-                # All atoms of a structure share their frames: what varies is the reduced value of each copy.
-                reduced = spec.reduce_atoms(values, row_copy, weights.shape[0])
-                self.collected[name + REDUCED].append((reduced, weights, self.frames.owner[chunk.frame]))
+        for name in self.names:
+            row_copy, row_target = chunk.row_copy[name], chunk.row_target[name]
+            self.collect_values(name, outputs[name], local[-1], row_copy, row_target, self.frames.owner[chunk.frame])
+
+    def collect_values(
+        self, name: str, values: Tensor, weights: Tensor, row_copy: Tensor, row_target: Tensor, owner: Tensor
+    ) -> None:
+        """Keep the values of an output of some copies; ``weights`` and ``owner`` are those of the copies."""
+        spec, values, weights = self.backbone.outputs[name], values.detach(), weights.detach()
+        self.collected[name].append((values, weights[row_copy], row_target))
+        if spec.reduce is not None and self.frames.scope == "structure":
+            # All atoms of a structure share their frames: what varies is the reduced value of each copy.
+            reduced = spec.reduce_atoms(values, row_copy, weights.shape[0])
+            self.collected[name + REDUCED].append((reduced, weights, owner))
 
 
 class _Recomputed(torch.autograd.Function):
