@@ -86,6 +86,15 @@ ADAPTERS: dict[str, Adapter] = {
         description="plain message passing on raw edge vectors with torch-geometric: interatomic energies",
         rebuild="rebuild",
     ),
+    "molecular-transformer": Adapter(
+        module=".pyg",
+        attribute="load_molecular_transformer",
+        status="experimental",
+        maintainer=_OURS,
+        license="MIT (torch-geometric)",
+        description="Point Transformer layers on all pairs of atoms of a molecule: interatomic energies",
+        rebuild="rebuild_molecular_transformer",
+    ),
     "schnet": Adapter(
         module=".pyg",
         attribute="load_schnet",

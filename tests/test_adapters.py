@@ -28,8 +28,17 @@ def _random_dgcnn():
     return (path,)
 
 
+def _random_transformer():
+    """Likewise."""
+    from symmetrize.backbones.pyg import molecular_transformer
+
+    path = Path(tempfile.mkdtemp()) / "transformer"
+    molecular_transformer(atomic_types=[1, 6, 7, 8], width=8, n_layers=2, seed=0).save(path)
+    return (path,)
+
+
 #: Arguments of the loaders that need some.
-ARGUMENTS = {"ase": lambda: (EMT(),), "dgcnn": _random_dgcnn}
+ARGUMENTS = {"ase": lambda: (EMT(),), "dgcnn": _random_dgcnn, "molecular-transformer": _random_transformer}
 #: Those that have a test file of their own for loading, since a file has to be made first.
 FROM_FILES = {"metatomic"}
 NAMES = sorted(list_backbones())

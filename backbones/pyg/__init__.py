@@ -1,4 +1,4 @@
-"""Networks of torch-geometric on raw edge vectors: any of theirs, a small trained one of ours, and SchNet."""
+"""Networks of torch-geometric on raw vectors: any of theirs, two of ours that can be trained, and SchNet."""
 
 from __future__ import annotations
 
@@ -11,19 +11,27 @@ import torch
 from symmetrize.weights import check_dtype, fill, find_weights, read_described, shipped_weights
 
 from .adapter import EDGE_FEATURES, PyGBackbone
+from .energies import VERSION
 from .network import GNNConfig
-from .reference import FORMAT, VERSION, ReferenceGNN
+from .reference import FORMAT, ReferenceGNN
 from .schnet import SchNetBackbone
+from .transformer import FORMAT as TRANSFORMER_FORMAT
+from .transformer import MolecularTransformer, TransformerConfig
 
 __all__ = [
     "EDGE_FEATURES",
     "GNNConfig",
+    "MolecularTransformer",
     "PyGBackbone",
     "ReferenceGNN",
     "SchNetBackbone",
+    "TransformerConfig",
     "load",
+    "load_molecular_transformer",
     "load_schnet",
+    "molecular_transformer",
     "rebuild",
+    "rebuild_molecular_transformer",
     "rebuild_schnet",
     "reference",
     "shipped",
@@ -82,3 +90,32 @@ def load_schnet(**options: Any) -> SchNetBackbone:
 def rebuild_schnet(description: dict[str, Any]) -> SchNetBackbone:
     """SchNet of a description, with random weights."""
     return SchNetBackbone.rebuild(description)
+
+
+def load_molecular_transformer(path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> MolecularTransformer:
+    """A saved `MolecularTransformer`; none is shipped, see `molecular_transformer` for training one.
+
+    Raises
+    ------
+    DeclarationError, InvalidInputError
+        As `load`.
+    """
+    check_dtype(dtype)
+    found_path = find_weights(path, _WEIGHTS, "molecular-transformer")
+    found = read_described(found_path, format=TRANSFORMER_FORMAT, version=VERSION)
+    model = rebuild_molecular_transformer(found.config).to(found.dtype)
+    model.metadata = found.metadata
+    fill(model, found.tensors, found_path)
+    return (model if dtype is None else model.to(dtype)).eval()
+
+
+def molecular_transformer(**hyperparameters: Any) -> MolecularTransformer:
+    """Untrained `MolecularTransformer`, for recipes; ``seed`` and the entries of a `TransformerConfig`."""
+    seed = hyperparameters.pop("seed", None)
+    seed = int(torch.randint(2**31 - 1, ())) if seed is None else seed
+    return MolecularTransformer(TransformerConfig.from_dict(hyperparameters), seed=seed)
+
+
+def rebuild_molecular_transformer(description: dict[str, Any]) -> MolecularTransformer:
+    """Untrained `MolecularTransformer` of a description."""
+    return MolecularTransformer(TransformerConfig.from_dict(description))
