@@ -25,9 +25,15 @@ if TYPE_CHECKING:
     from symmetrize.frames import FrameMethod, FrameSet
     from symmetrize.methods.anchored import Anchored
     from symmetrize.methods.ecse import ECSE
+    from symmetrize.methods.frame_averaging import FrameAveraging
     from symmetrize.methods.group_averaging import GroupAveraging
     from symmetrize.methods.identity import Identity
+    from symmetrize.methods.learned_canonicalization import LearnedCanonicalization
+    from symmetrize.methods.minimal_frame_averaging import MinimalFrameAveraging
+    from symmetrize.methods.random_augmentation import RandomAugmentation
     from symmetrize.methods.sampled import SampledFrames
+    from symmetrize.methods.stochastic_frame_averaging import StochasticFrameAveraging
+    from symmetrize.methods.weighted_frame_averaging import WeightedFrameAveraging
     from symmetrize.registry import list_backbones, load_backbone
     from symmetrize.representations import OutputSpec
     from symmetrize.storage import load, save
@@ -38,23 +44,29 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Anchored": "symmetrize.methods.anchored",
-    "ECSE": "symmetrize.methods.ecse",
     "Backbone": "symmetrize.backbone",
     "BackboneOutputError": "symmetrize.errors",
     "DeclarationError": "symmetrize.errors",
+    "ECSE": "symmetrize.methods.ecse",
+    "FrameAveraging": "symmetrize.methods.frame_averaging",
     "FrameMethod": "symmetrize.frames",
     "FrameSet": "symmetrize.frames",
     "GroupAveraging": "symmetrize.methods.group_averaging",
     "Identity": "symmetrize.methods.identity",
     "InvalidInputError": "symmetrize.errors",
     "InvalidTypeError": "symmetrize.errors",
+    "LearnedCanonicalization": "symmetrize.methods.learned_canonicalization",
+    "MinimalFrameAveraging": "symmetrize.methods.minimal_frame_averaging",
     "MissingDependencyError": "symmetrize.errors",
     "NoFrameError": "symmetrize.errors",
     "OutputSpec": "symmetrize.representations",
+    "RandomAugmentation": "symmetrize.methods.random_augmentation",
     "SampledFrames": "symmetrize.methods.sampled",
+    "StochasticFrameAveraging": "symmetrize.methods.stochastic_frame_averaging",
     "SymmetrizeError": "symmetrize.errors",
     "Symmetrizer": "symmetrize.symmetrizer",
     "UnknownSpeciesError": "symmetrize.errors",
+    "WeightedFrameAveraging": "symmetrize.methods.weighted_frame_averaging",
     "from_ase": "symmetrize.data",
     "from_points": "symmetrize.data",
     "list_backbones": "symmetrize.registry",
@@ -70,19 +82,25 @@ __all__ = [
     "Backbone",
     "BackboneOutputError",
     "DeclarationError",
+    "FrameAveraging",
     "FrameMethod",
     "FrameSet",
     "GroupAveraging",
     "Identity",
     "InvalidInputError",
     "InvalidTypeError",
+    "LearnedCanonicalization",
+    "MinimalFrameAveraging",
     "MissingDependencyError",
     "NoFrameError",
     "OutputSpec",
+    "RandomAugmentation",
     "SampledFrames",
+    "StochasticFrameAveraging",
     "SymmetrizeError",
     "Symmetrizer",
     "UnknownSpeciesError",
+    "WeightedFrameAveraging",
     "from_ase",
     "from_points",
     "list_backbones",

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from symmetrize.backbone import Backbone
 from symmetrize.errors import DeclarationError, InvalidInputError, InvalidTypeError, SymmetrizeError, did_you_mean
-from symmetrize.methods.ecse import ECSE
+from symmetrize.frames import FrameMethod
+from symmetrize.methods.text import read_method
 from symmetrize.registry import list_backbones, load_backbone
 from symmetrize.storage import is_saved_model, load
 from symmetrize.symmetrizer import Symmetrizer
@@ -54,6 +55,7 @@ def check_target(
     outputs: Sequence[str] = (),
     group: str | None = None,
     symmetrize: bool = False,
+    method: str | None = None,
     profile: str = "quick",
     only: Sequence[str] = (),
     skip: Sequence[str] = (),
@@ -81,6 +83,9 @@ def check_target(
         See `load_target`.
     outputs : sequence of str
         ``"NAME=REPRESENTATION[:ROWS[:UNIT]]"`` (see `read_declaration`), several in one separated by commas.
+    method : str, optional
+        ``"NAME[:OPTION=VALUE,...]"``: symmetrise a backbone by this method (see `symmetrize.methods.text.read_method`)
+        instead of ECSE; implies ``symmetrize``.
     expected_failures : sequence of str
         ``"ID=REASON"``.
     list_only : bool
@@ -111,7 +116,8 @@ def check_target(
         raise DeclarationError("--no-library: expected --structures FILE, or there is nothing to check on")
     atoms = None if structures is None else read_structures(structures)
     frames = None if trajectory is None else read_structures(trajectory)
-    model = _prepared(load_target(target), symmetrize=symmetrize, group=group, dtype=dtype)
+    chosen = None if method is None and not symmetrize else read_method("ECSE" if method is None else method)
+    model = _prepared(load_target(target), method=chosen, group=group, dtype=dtype)
     options: dict[str, Any] = {"group": group, "cutoff": cutoff, "tolerance": tolerance, "species": _species(species)}
     if dtype is not None and not isinstance(model, torch.nn.Module):
         options["dtype"] = getattr(torch, dtype)
@@ -279,20 +285,21 @@ def _summary(error: Exception) -> str:
     return f"{type(error).__name__}: {text} ({last.filename}, line {last.lineno})"
 
 
-def _prepared(model: Any, *, symmetrize: bool, group: str | None, dtype: str | None) -> Any:
+def _prepared(model: Any, *, method: FrameMethod | None, group: str | None, dtype: str | None) -> Any:
     """In the wanted precision, and symmetrised where asked for."""
     if dtype is not None and isinstance(model, torch.nn.Module) and not isinstance(model, torch.jit.ScriptModule):
         model = model.to(getattr(torch, dtype))
     if isinstance(model, Backbone):
         model = model.eval()
-    if not symmetrize:
+    if method is None:
         return model
     if not isinstance(model, Backbone):
         raise InvalidTypeError(
-            f"--symmetrize: expected a symmetrize.Backbone, got a {type(model).__name__}; a network becomes one by "
-            "writing one method (see the README)"
+            f"--symmetrize, --method: expected a symmetrize.Backbone, got a {type(model).__name__}; a network becomes "
+            "one by writing one method (see the README)"
         )
-    return Symmetrizer(model, ECSE(), group=group or "O(3)").eval()
+    group = group or ("O(3)" if "O(3)" in method.groups else method.groups[0])
+    return Symmetrizer(model, method, group=group).eval()
 
 
 def _subject(model: Any, target: str, atoms: Any, declared: dict[str, str], options: Mapping[str, Any]) -> Subject:

@@ -1,4 +1,4 @@
-"""The command line: ``symmetrize demo | train | evaluate | check | convert | export | list``."""
+"""The command line: ``symmetrize demo | train | evaluate | check | compare | report | convert | export | list``."""
 
 from __future__ import annotations
 
@@ -188,6 +188,11 @@ def evaluate(structures: Path, **options: Any) -> None:
     help="The group that is claimed; without inversion, parity is recorded only.  [default: of the model, else O(3)]",
 )
 @click.option("--symmetrize", is_flag=True, help="Check a backbone symmetrised by ECSE, instead of bare.")
+@click.option(
+    "--method",
+    metavar="NAME[:OPTION=VALUE,...]",
+    help="Check a backbone symmetrised by this method (see 'symmetrize list'), such as GroupAveraging:degree=5.",
+)
 @click.option("--cutoff", type=float, help="Radius of the neighbor list that a torch module or function needs.")
 @click.option("--species", metavar="H,C,...", help="Elements that the model knows.  [default: of the model, else any]")
 @click.option(
@@ -262,6 +267,62 @@ def check(ctx: click.Context, target: str | None, **options: Any) -> None:
         list_checks(click.echo)
         return
     ctx.exit(check_target(target, echo=click.echo, command=ctx.meta["command"], **options))
+
+
+@main.command(
+    short_help="A study: backbones x methods x data sets, measured and resumable.",
+    epilog="Exit status: 0 all cells ok (or refused by their method), 1 some failed, 2 it could not be run.",
+)
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option("--output", type=click.Path(path_type=Path), help="Run folder.  [default: runs/<name of the study>]")
+@click.option("--data", type=click.Path(path_type=Path), help="Folder that holds the data, in any subfolders.")
+@click.option("--profile", metavar="NAME", help="Entry of 'profiles' in CONFIG, such as small.")
+@click.option("--workers", type=click.IntRange(min=0), help="Processes; 0: this one.  [default: 2, 1 on one core]")
+@click.option("--scheduler", metavar="ADDRESS", help="Of a dask cluster that evaluates instead: tcp://host:8786.")
+@click.option("--only-method", multiple=True, metavar="LABEL", help="Evaluate this method only (repeatable).")
+@click.option("--only-backbone", multiple=True, metavar="LABEL", help="Evaluate this backbone only (repeatable).")
+@click.option("--only-data", multiple=True, metavar="LABEL", help="Evaluate this data set only (repeatable).")
+@click.option("--retry-failed", is_flag=True, help="Evaluate cells that have failed again.")
+@click.option("--dry-run", is_flag=True, help="List the cells with what is done, and stop.")
+@click.option("--quiet", is_flag=True, help="No progress.")
+@click.pass_context
+@functools.partial(_friendly, status=2)
+def compare(
+    ctx: click.Context,
+    config: Path,
+    quiet: bool,
+    only_method: tuple[str, ...],
+    only_backbone: tuple[str, ...],
+    only_data: tuple[str, ...],
+    **options: Any,
+) -> None:
+    """Evaluate the study CONFIG (YAML): which way of restoring symmetry suits which backbone and data.
+
+    A study that was killed goes on where it was when it is repeated; what is finished is not evaluated again.
+
+    \b
+    For example
+      symmetrize compare study.yaml --profile small --output runs/study
+      symmetrize report runs/study
+    """
+    from symmetrize.study.command import compare as run
+
+    only: dict[str, Any] = {"method": only_method, "backbone": only_backbone, "data": only_data}
+    ctx.exit(run(config, only=only, progress=not quiet, echo=click.echo, **options))
+
+
+@main.command(short_help="A page and figures from the results of 'symmetrize compare'.")
+@click.argument("run", type=click.Path(file_okay=False, path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="The page.  [default: RUN/report.html]")
+@_friendly
+def report(run: Path, output: Path | None) -> None:
+    """Write RUN/report.html, one page that needs no network, and its figures and tables as files.
+
+    RUN is the folder of a study ('symmetrize compare'), finished or not.
+    """
+    from symmetrize.report.study import write_report
+
+    click.echo(f"report: {write_report(run, output)}")
 
 
 @main.command(short_help="A metatrain PET checkpoint as a model of this package.")
@@ -341,20 +402,17 @@ def export(model: str, output: Path, **options: Any) -> None:
 @main.command("list")
 def list_() -> None:
     """Registered backbones (without importing them) and symmetrisation methods."""
+    from symmetrize.methods import SUMMARIES
     from symmetrize.registry import list_backbones
 
     click.echo("backbones")
     for name, entry in sorted(list_backbones().items()):
         missing = f"; needs: pip install {' '.join(entry.missing)}" if entry.missing else ""
-        click.echo(f"  {name:<18} {entry.status:<12} {entry.description} ({entry.license}){missing}")
+        click.echo(f"  {name:<25} {entry.status:<12} {entry.description} ({entry.license}){missing}")
     click.echo("  weights of pet: ethanol (1 block), ethanol-2block; for ethanol only")
     click.echo("methods")
-    click.echo(
-        f"  {'ECSE':<18} exact, smooth, deterministic; about 2 evaluations per atom or molecule, 4 with inversion"
-    )
-    click.echo(f"  {'GroupAveraging':<18} fixed orientations, exact up to a degree: 24 evaluations for degree 3")
-    click.echo(f"  {'Anchored':<18} ECSE from a few points of a large cloud: exact, not smooth")
-    click.echo(f"  {'Identity':<18} the bare backbone")
+    for name, summary in SUMMARIES.items():
+        click.echo(f"  {name:<25} {summary}")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from symmetrize.backbone import Backbone
 
 Scope = Literal["atom", "structure"]
-SCOPES = ("atom", "structure")
+SCOPES: tuple[Scope, ...] = ("atom", "structure")
 
 #: A frame of smaller weight than this does not count as an evaluation. Methods switch weights off smoothly there: a cut
 #: by the evaluator would be visible in derivatives.
@@ -152,6 +154,15 @@ class FrameMethod(torch.nn.Module, ABC):
     auxiliary : Backbone, optional
         The model that evaluates frames of `Stratum.AUXILIARY`, if the method uses one.
     """
+
+    #: What it can do; a Symmetrizer that asks for something else is refused when it is made.
+    groups: tuple[str, ...] = ("O(3)", "SO(3)")
+    scopes: tuple[Scope, ...] = SCOPES
+    #: Whether frames are drawn at random: with a ``generator`` every call draws anew, without one what is drawn in a
+    #: structure is a function of the structure.
+    stochastic: bool = False
+    #: Checks of `symmetrize.testing` that the method does not pass for every backbone and structure, with the reason.
+    limits: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, auxiliary: Backbone | None = None) -> None:
         super().__init__()

@@ -45,9 +45,10 @@ class Symmetrizer(torch.nn.Module):
         Rotations with or without inversion.
     scope : {"atom", "structure"}, optional
         ``"atom"``: every atom's environment is evaluated in frames of its own (exactly size-consistent, linear cost;
-        per-atom outputs only). ``"structure"``: whole structures, in frames around the centroid of a finite structure.
-        By default ``"atom"`` for strictly local backbones with per-atom outputs, else ``"structure"``: decided here,
-        from declarations, and never by the data.
+        per-atom outputs only). ``"structure"``: whole structures, in frames around the centroid of a finite structure
+        (or as the method has them).
+        By default ``"atom"`` for strictly local backbones with per-atom outputs (and methods that can do it), else
+        ``"structure"``: decided here, from declarations, and never by the data.
     chunk_size : int, optional
         Atoms per call of the backbone, rotated copies included. Memory grows with it and not with the number of
         frames. By default such that a call holds about 4096 atoms and edges on a CPU, 131072 elsewhere.
@@ -81,7 +82,11 @@ class Symmetrizer(torch.nn.Module):
         self.backbone = backbone
         self.method = method
         self.group = check_group(group)
-        self.scope = _resolve_scope(backbone, scope)
+        self.scope = _resolve_scope(backbone, method, scope)
+        if self.group not in method.groups:
+            raise DeclarationError(
+                f"group: {type(method).__name__} averages over {' or '.join(method.groups)}, got {group!r}"
+            )
         self.chunk_size = chunk_size
         self.l_max = max(spec.l_max for spec in backbone.outputs.values())
         if method.auxiliary is not None:
@@ -225,7 +230,7 @@ class Symmetrizer(torch.nn.Module):
             graph = self._with_edges(self._checked(batch))
             hops = self.backbone.oriented_field if self.scope == "atom" else None
             around, forecast = self._surroundings(graph), None
-            if isinstance(self.method, ECSE):
+            if isinstance(self.method, ECSE) and not self.method.pooled:
                 forecast = make_forecast(self.method, around, self.scope, self._found)
             sets = [self._found(around, None)] if forecast is None else forecast.sets(around, self._found)
             stars = hops is not None and hops <= 1 and self.backbone.shares_work
@@ -236,8 +241,8 @@ class Symmetrizer(torch.nn.Module):
         return plan
 
     def extra_repr(self) -> str:
-        centered = "around every atom" if self.scope == "atom" else "around the centroid of a finite structure"
-        return f"group={self.group}, scope={self.scope} ({centered}), chunk_size={self.chunk_size}"
+        what = "environments of atoms" if self.scope == "atom" else "whole structures"
+        return f"group={self.group}, scope={self.scope} ({what}), chunk_size={self.chunk_size}"
 
     def _checked(self, batch: Data) -> Data:
         batch = validate(batch)
@@ -312,12 +317,16 @@ def check_energy(backbone: Backbone, energy: str) -> None:
         )
 
 
-def _resolve_scope(backbone: Backbone, scope: str | None) -> Scope:
+def _resolve_scope(backbone: Backbone, method: FrameMethod, scope: str | None) -> Scope:
     per_structure = sorted(name for name, spec in backbone.outputs.items() if spec.per == "structure")
     if scope is None:
         local = backbone.oriented_field in (0, 1) and backbone.cutoff is not None
-        return "atom" if local and not per_structure else "structure"
+        preferred: Scope = "atom" if local and not per_structure else "structure"
+        scope = preferred if preferred in method.scopes else method.scopes[0]
     resolved = check_scope(scope)
+    if resolved not in method.scopes:
+        supported = " or ".join(map(repr, method.scopes))
+        raise DeclarationError(f"scope: {type(method).__name__} works in scope {supported}, got {resolved!r}")
     if resolved == "atom":
         if per_structure:
             raise DeclarationError(f"scope='atom': expected per-atom outputs only, {per_structure} are per structure")

@@ -47,6 +47,8 @@ RUNGS = {
     "convert": 5,
     "evaluate": 5,
     "export": 5,
+    "degree": 5,
+    "study": 5,
     "check": 5.5,
     "demo": 5.5,
     "cli": 6,

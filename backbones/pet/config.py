@@ -17,6 +17,7 @@ ACTIVATIONS = ("SwiGLU", "SiLU")
 TRANSFORMER_TYPES = ("PreLN", "PostLN")
 FEATURIZER_TYPES = ("residual", "feedforward")
 ADAPTIVE_CUTOFF_METHODS = ("solver", "grid")
+INPUTS = ("vectors", "lengths")
 
 _CHOICES = {
     "cutoff_function": CUTOFF_FUNCTIONS,
@@ -25,6 +26,7 @@ _CHOICES = {
     "transformer_type": TRANSFORMER_TYPES,
     "featurizer_type": FEATURIZER_TYPES,
     "adaptive_cutoff_method": ADAPTIVE_CUTOFF_METHODS,
+    "inputs": INPUTS,
 }
 _SIZES = ("d_pet", "d_node", "d_head", "d_feedforward", "num_heads", "num_attention_layers", "num_gnn_layers")
 
@@ -130,6 +132,10 @@ class PETConfig:
         ``spin_multiplicity``, one entry per structure; neutral singlets by default).
     max_charge, max_spin_multiplicity : int
         Largest magnitude of a charge and largest multiplicity that are known.
+    inputs : str
+        What is seen of an edge: "vectors", its vector and length; or "lengths", the length alone. The latter is
+        invariant by construction, at the price of not telling structures of equal distances apart: the auxiliary model
+        of the published ECSE. Its outputs are invariant scalars.
     """
 
     atomic_types: tuple[int, ...]
@@ -158,6 +164,7 @@ class PETConfig:
     system_conditioning: bool = False
     max_charge: int = 10
     max_spin_multiplicity: int = 10
+    inputs: str = "vectors"
 
     def __post_init__(self) -> None:
         types = tuple(self.atomic_types)
@@ -199,6 +206,11 @@ class PETConfig:
         self._check_targets()
         if self.d_pet % self.num_heads != 0:
             raise DeclarationError(f"num_heads: expected a divisor of d_pet={self.d_pet}, got {self.num_heads}")
+        directed = [target.name for target in self.outputs if not target.spec.is_invariant_scalar]
+        if self.inputs == "lengths" and directed:
+            raise DeclarationError(
+                f"inputs='lengths': expected invariant scalars ('0e') as outputs only, got {directed}"
+            )
 
     def _check_targets(self) -> None:
         if self.targets is None:

@@ -273,13 +273,14 @@ class Block(nn.Module):
 class PETNetwork(nn.Module):
     """Features and readouts of every wanted atom."""
 
-    __constants__ = ("residual",)
+    __constants__ = ("residual", "lengths_only")
 
     def __init__(self, config: PETConfig) -> None:
         super().__init__()
         n_species, width, n_blocks = len(config.atomic_types), config.d_pet, config.num_gnn_layers
         self.residual = config.featurizer_type == "residual"
         self.n_exchanges = config.n_exchanges
+        self.lengths_only = config.inputs == "lengths"
         self.gnn_layers = nn.ModuleList([Block(config, first=number == 0) for number in range(n_blocks)])
         self.combination_norms = nn.ModuleList()
         self.combination_mlps = nn.ModuleList()
@@ -346,6 +347,9 @@ class PETNetwork(nn.Module):
         -------
         dict of str to Tensor of shape (n_centers, n_components)
         """
+        if self.lengths_only:
+            # Still part of the graph: whoever differentiates finds zeros, not nothing.
+            edge_vec = 0.0 * edge_vec
         geometry = torch.cat([edge_vec, edge_scalars[:, :1]], dim=1)
         stages = make_stages(center, source, target, self.n_exchanges)
         last = stages[-1]

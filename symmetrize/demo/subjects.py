@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-from torch_geometric.data import Data
 
-from symmetrize.backbone import Backbone, Copies
+from symmetrize.backbone import Backbone
 from symmetrize.errors import DeclarationError
 from symmetrize.methods.ecse import ECSE
 from symmetrize.methods.identity import Identity
 from symmetrize.registry import load_backbone
+from symmetrize.study.measures.common import Interaction
 from symmetrize.symmetrizer import Symmetrizer
 
 BARE, ROTATIONS, ALL = "bare", "SO(3)", "O(3)"
@@ -59,39 +58,10 @@ class Subject:
             Without it, the constant composition energy is left out, which no orientation can change and which would
             cost differences of energies their last digits.
         """
-        backbone = self.backbone if baseline else _Interaction(self.backbone)
+        backbone = self.backbone if baseline else Interaction(self.backbone)
         if treatment == BARE:
             return Symmetrizer(backbone, Identity(), scope=self.scope, chunk_size=CHUNK_SIZE)
         return Symmetrizer(backbone, ECSE(), group=treatment, scope=self.scope, chunk_size=CHUNK_SIZE)
-
-
-class _Interaction(Backbone):
-    """A backbone without its baseline."""
-
-    def __init__(self, backbone: Backbone) -> None:
-        super().__init__(
-            outputs=backbone.outputs,
-            cutoff=backbone.cutoff,
-            receptive_field=backbone.receptive_field,
-            vectors=backbone.vectors,
-        )
-        self.backbone = backbone
-        self.shares_work, self.cache_rows = backbone.shares_work, backbone.cache_rows
-
-    @property
-    def oriented_field(self) -> int | None:
-        return self.backbone.oriented_field
-
-    def forward(self, batch: Data) -> dict[str, Tensor]:
-        return self.backbone(batch)
-
-    def prepare(self, batch: Data) -> dict[str, Tensor]:
-        return self.backbone.prepare(batch)
-
-    def forward_frames(
-        self, cache: dict[str, Tensor], edge_vec: Tensor, copies: Copies | None = None
-    ) -> dict[str, Tensor]:
-        return self.backbone.forward_frames(cache, edge_vec, copies)
 
 
 def shipped_subjects(dtype: torch.dtype) -> list[Subject]:

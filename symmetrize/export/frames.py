@@ -49,12 +49,19 @@ def frames_module(
         There is none.
     """
     if type(method) is ECSE:
+        if method.pooled:
+            raise DeclarationError("export: ECSE(pooled=True) cannot be exported; use scope='atom' with ECSE()")
         if method.auxiliary is not None:
             raise DeclarationError("export: an auxiliary model as fallback cannot be exported; use fallback='axial'")
         if scope == "atom" and radius is None:
             raise DeclarationError("export: atom scope needs a radius to look for candidates in, got None")
         return ECSEFrames(method, group, scope == "atom", l_max, epsilon, radius or 0.0)
     if type(method) is GroupAveraging:
+        if method.random:
+            raise DeclarationError(
+                "export: GroupAveraging(random=True) draws anew for every structure and cannot be exported; "
+                "use random=False"
+            )
         return FixedFrames(*method.elements(group), scope == "atom")
     if type(method) is Identity:
         return FixedFrames(torch.eye(3, dtype=torch.float64)[None], torch.ones(1, dtype=torch.float64), scope == "atom")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -44,6 +45,23 @@ class Anchored(FrameMethod):
         For fewer than 3 anchors.
     """
 
+    scopes = ("structure",)
+    limits = MappingProxyType(
+        {
+            "closed_loops": "outputs jump where one anchor is exchanged for another",
+            **dict.fromkeys(
+                (
+                    "inversion_equivariance",
+                    "permutation_equivariance",
+                    "rotation_equivariance",
+                    "symmetric_sites",
+                    "translation_invariance",
+                ),
+                "where two points are equally far from all anchors but for rounding, rounding chooses the anchor",
+            ),
+        }
+    )
+
     def __init__(self, method: FrameMethod, n_anchors: int = 16) -> None:
         if not isinstance(method, FrameMethod):
             raise InvalidTypeError(f"Anchored: method: expected a FrameMethod, got {type(method).__name__}")
@@ -72,10 +90,8 @@ class Anchored(FrameMethod):
         Raises
         ------
         InvalidInputError
-            In atom scope, and for periodic structures.
+            For periodic structures.
         """
-        if scope != "structure":
-            raise InvalidInputError(f"Anchored: expected scope 'structure', got {scope!r}")
         if bool(batch[keys.PBC].any()):
             raise InvalidInputError("Anchored: expected finite clouds, got a periodic structure")
         pos, structure, ptr = batch[keys.POS], batch[keys.BATCH], batch[keys.PTR]

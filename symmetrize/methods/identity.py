@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 import torch
 from torch import Tensor
 from torch_geometric.data import Data
@@ -12,6 +14,21 @@ from symmetrize.frames import FrameMethod, FrameSet, Scope, Stratum
 
 class Identity(FrameMethod):
     """One frame per owner: the lab frame. ``Symmetrizer(backbone, Identity())`` is the bare backbone."""
+
+    limits = MappingProxyType(
+        dict.fromkeys(
+            (
+                "degeneracy_splitting",
+                "energy_conservation",
+                "exactness",
+                "inversion_equivariance",
+                "rotation_equivariance",
+                "symmetric_sites",
+                "torque",
+            ),
+            "nothing is symmetrised: outputs depend on the orientation as those of the backbone do",
+        )
+    )
 
     def frames(
         self, batch: Data, *, group: str, scope: Scope, l_max: int, generator: torch.Generator | None = None

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Data
 
-from symmetrize import keys
 from symmetrize.backbone import Backbone
 from symmetrize.errors import DeclarationError, InvalidTypeError
 from symmetrize.frames import FrameMethod, FrameSet, Scope
 from symmetrize.methods import METHODS, find_method
+from symmetrize.methods.draws import seed_of, uniform_numbers
 from symmetrize.ops.ragged import offsets, segment_sum
 
 
@@ -88,7 +88,7 @@ class SampledFrames(FrameMethod):
         found = self.method.frames(batch, group=group, scope=scope, l_max=l_max, generator=generator)
         if generator is None:
             return found
-        seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+        seed = seed_of(generator, 0)
         owners = (found.owner.bincount(minlength=found.n_owners) > 0).nonzero()[:, 0]
         uniform = uniform_numbers(batch, scope, seed, self.n_samples + 1)[:, owners]
         drawn = draw(found, uniform[: self.n_samples])
@@ -189,42 +189,3 @@ def draw(frames: FrameSet, uniform: Tensor) -> Tensor:
     at = torch.searchsorted(reached, before[:-1] + uniform * (before[1:] - before[:-1]), right=True)
     # Where rounding leads beyond the last frame of an owner.
     return order[torch.minimum(torch.maximum(at, first[:-1]), first[1:] - 1)]
-
-
-def uniform_numbers(batch: Data, scope: Scope, seed: int, n_draws: int) -> Tensor:
-    """Pseudo-random numbers of all owners of a batch, the same in every batch that a structure is part of.
-
-    A hash of the seed, the number of the draw, the positions and species of the structure (in any order) and, in atom
-    scope, the place of the atom in it. Equal structures get equal numbers.
-
-    Returns
-    -------
-    Tensor of shape (n_draws, n_owners), float64, in [0, 1)
-    """
-    pos, structure, ptr = batch[keys.POS].detach(), batch[keys.BATCH], batch[keys.PTR]
-    # Zero has two signs.
-    bits = (pos.to(torch.float64) + 0.0).contiguous().view(torch.int64)
-    species = batch.get(keys.Z)
-    state = torch.zeros_like(structure) if species is None else species.to(torch.int64)
-    for column in range(3):
-        state = _mix(state + bits[:, column])
-    state = _mix(segment_sum(state, structure, ptr.shape[0] - 1))
-    if scope == "atom":
-        place = torch.arange(structure.shape[0], device=structure.device) - ptr[structure]
-        state = _mix(state[structure] + place)
-    numbers = torch.arange(n_draws, device=state.device)[:, None]
-    state = _mix(_mix(state + seed) + numbers)
-    return _shifted(state, 11).to(torch.float64) / 2**53
-
-
-def _mix(state: Tensor) -> Tensor:
-    """A step of the generator splitmix64 (Steele, Lea and Flood, OOPSLA 2014), in wrapping 64-bit integers."""
-    state = state - 0x61C8864680B583EB
-    state = (state ^ _shifted(state, 30)) * -0x40A7B892E31B1A47
-    state = (state ^ _shifted(state, 27)) * -0x6B2FB644ECCEEE15
-    return state ^ _shifted(state, 31)
-
-
-def _shifted(state: Tensor, n: int) -> Tensor:
-    """Bits shifted to the right, with zeros in front."""
-    return (state >> n) & ((1 << (64 - n)) - 1)

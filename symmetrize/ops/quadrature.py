@@ -8,17 +8,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from symmetrize.errors import InvalidInputError
+from symmetrize.errors import InvalidInputError, did_you_mean
 from symmetrize.ops.rotations import about_axis, from_quaternions
 
 #: Degrees of the rules of Lebedev and Laikov (1999) with positive weights; 13, 25 and 27 have negative ones.
 _LEBEDEV = (3, 5, 7, 9, 11, 15, 17, 19, 21, 23, 29, 31, *range(35, 132, 6))
 
+#: Product rules: what integrates over the sphere.
+PRODUCT_RULES = ("gauss", "lebedev")
+
 #: Real root of x^4 = x + 4, and the square root of 2: the two irrational steps of the spiral (Alexa 2022).
 _STEPS = (math.sqrt(2.0), 1.533751168755204288118041)
 
 
-def rotation_quadrature(degree: int) -> tuple[Tensor, Tensor]:
+def rotation_quadrature(degree: int, rule: str = "lebedev") -> tuple[Tensor, Tensor]:
     r"""Rotations and positive weights with :math:`\sum_k w_k D^l_{mm'}(R_k) = \delta_{l0}` for all l up to ``degree``.
 
     Every rotation is :math:`R = S(p) R_z(\gamma)`, where S(p) takes the z axis to the point p of the unit sphere. In a
@@ -33,10 +36,22 @@ def rotation_quadrature(degree: int) -> tuple[Tensor, Tensor]:
     :math:`(L + 1)^3 / 3`: 24 rotations for L = 3, 380 for 9, 1980 for 17. A product of Wigner functions of degrees l
     and l' is a sum of those up to l + l', so that functions of degrees up to L / 2 have exact inner products.
 
+    What is minimal here: the same angles at every point integrate all :math:`|m'| \leq L` only if there are L + 1 of
+    them, and of the rules on the sphere with positive weights in the two families the one with the fewest points is
+    taken. No rule with positive weights at all has fewer than :math:`\binom{L+3}{3}` rotations (`fewest_rotations`),
+    about half as many as these. The rotation groups of the polyhedra (`symmetrize.ops.finite_groups`) come closer: 12
+    for L = 2, 24 for 3 and 60 for 4 and 5, where products take 18, 24, 70 and 84. One angle less, with a phase of its
+    own at every point, leaves 2 (2 L + 1) equations for m' = L in as many unknowns as there are points. Least squares
+    over the phases, from 20 random starts, solves them on Lebedev's points for L = 2 (the tetrahedral group) and 11
+    (550 rotations instead of 600), and not for 3, 4, 5, 7 and 9, where residuals are 1e-3 and above: a gain of
+    1 / (L + 1) at most, which is not worth a table of phases.
+
     Parameters
     ----------
     degree : int
         At least 0.
+    rule : {"lebedev", "gauss"}
+        Lebedev where it has fewer points; or Gauss-Legendre for every degree.
 
     Returns
     -------
@@ -52,7 +67,9 @@ def rotation_quadrature(degree: int) -> tuple[Tensor, Tensor]:
     """
     if isinstance(degree, bool) or not isinstance(degree, int) or degree < 0:
         raise InvalidInputError(f"degree: expected an integer of at least 0, got {degree!r}")
-    points, on_sphere = _sphere(degree)
+    if rule not in PRODUCT_RULES:
+        raise InvalidInputError(f"rule: unknown rule {rule!r}, {did_you_mean(str(rule), PRODUCT_RULES)}")
+    points, on_sphere = _sphere(degree, rule)
     theta = torch.atan2(points[:, :2].norm(dim=1), points[:, 2])
     phi = torch.atan2(points[:, 1], points[:, 0])
     gamma = torch.arange(degree + 1, dtype=torch.float64) * (2.0 * math.pi / (degree + 1))
@@ -64,10 +81,48 @@ def rotation_quadrature(degree: int) -> tuple[Tensor, Tensor]:
     return rotations, weights / weights.sum()
 
 
-def _sphere(degree: int) -> tuple[Tensor, Tensor]:
+def fewest_rotations(degree: int) -> int:
+    r"""A lower bound on the number of rotations of any rule of a degree L with positive weights: (L+1)(L+2)(L+3)/6.
+
+    The Wigner functions :math:`D^j_{mm'}` with :math:`2j \leq L` and 2j even or odd as L is have products of integer
+    degree up to L, which the rule integrates: on its rotations (lifted to unit quaternions, either of the two), scaled
+    with the square roots of its weights, they are orthogonal, so that there cannot be more of them,
+    :math:`\sum_j (2j+1)^2`, than rotations. The argument for designs of P. Delsarte, J. M. Goethals and J. J. Seidel,
+    Geom. Dedicata 6, 363 (1977), for antipodal points on the sphere in four dimensions.
+    """
+    return math.comb(degree + 3, 3)
+
+
+def haar_rotations(uniform: Tensor) -> Tensor:
+    r"""Haar-random rotations from three uniform numbers each.
+
+    .. math:: q = (\sqrt{u_1} \cos 2\pi u_3,\, \sqrt{1 - u_1} \sin 2\pi u_2,\, \sqrt{1 - u_1} \cos 2\pi u_2,\,
+        \sqrt{u_1} \sin 2\pi u_3)
+
+    Parameters
+    ----------
+    uniform : Tensor of shape (..., 3), float64
+        In [0, 1).
+
+    Returns
+    -------
+    Tensor of shape (..., 3, 3), float64
+
+    References
+    ----------
+    K. Shoemake, Uniform random rotations, Graphics Gems III, 124 (1992).
+    """
+    radius, first, second = uniform.to(torch.float64).unbind(-1)
+    inner, outer = radius.sqrt(), (1.0 - radius).sqrt()
+    first, second = 2.0 * math.pi * first, 2.0 * math.pi * second
+    parts = [inner * torch.cos(second), outer * torch.sin(first), outer * torch.cos(first), inner * torch.sin(second)]
+    return from_quaternions(torch.stack(parts, dim=-1))
+
+
+def _sphere(degree: int, rule: str) -> tuple[Tensor, Tensor]:
     """Points (n, 3) and positive weights (n,) that integrate the spherical harmonics up to a degree."""
     n_gauss = (degree // 2 + 1) * (degree + 1)
-    order = next((k for k in _LEBEDEV if k >= degree), None)
+    order = next((k for k in _LEBEDEV if k >= degree), None) if rule == "lebedev" else None
     try:
         from scipy.integrate import lebedev_rule
     except ImportError:

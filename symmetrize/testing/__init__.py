@@ -37,6 +37,7 @@ from symmetrize.testing.measuring.elements import (
     wrap,
 )
 from symmetrize.testing.measuring.layers import Layer, LayerReport, measure_layers
+from symmetrize.testing.measuring.locality import measure_local_equivariance, measure_size_consistency
 from symmetrize.testing.measuring.measures import (
     Deviation,
     Measurement,
@@ -152,12 +153,14 @@ __all__ = [
     "measure_hessian_symmetry",
     "measure_layers",
     "measure_lie_derivative",
+    "measure_local_equivariance",
     "measure_loss_share",
     "measure_mutation",
     "measure_nve",
     "measure_orientation_variance",
     "measure_periodicity",
     "measure_permutation",
+    "measure_size_consistency",
     "measure_smoothness",
     "measure_symmetric_sites",
     "measure_torque",

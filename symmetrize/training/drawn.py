@@ -12,7 +12,8 @@ from torch_geometric.data import Batch
 from symmetrize import keys
 from symmetrize.data import replace
 from symmetrize.frames import FrameMethod, FrameSet, Scope, Stratum
-from symmetrize.methods.sampled import companions, draw, uniform_numbers
+from symmetrize.methods.draws import uniform_numbers
+from symmetrize.methods.sampled import companions, draw
 from symmetrize.ops.ragged import gather_rows, offsets
 from symmetrize.symmetrizer import Symmetrizer
 from symmetrize.training.config import SymmetrizeRecipe

@@ -100,14 +100,15 @@ def outermost_first(vectors: Tensor, structure: Tensor, n_structures: int) -> tu
     """Ordering of the candidates of structure scope: the atom farthest from the centroid comes first.
 
     Directions to far atoms turn least when an atom moves, and whether an atom at the centroid is available does not
-    matter to anything.
+    matter to anything. Outermost atoms are often nearly tied (hydrogens of methyl groups), while the angles between
+    them are not: the preference for an angle is measured in the diameter of the structure, not in its radius.
 
     Returns
     -------
     key : Tensor of shape (n_atoms,)
         Minus the distance from the centroid.
     scale : Tensor of shape (n_atoms,)
-        RMS distance from the centroid in the structure of each atom.
+        Twice the RMS distance from the centroid in the structure of each atom.
     """
     square = (vectors * vectors).sum(dim=1)
     counts = torch.bincount(structure, minlength=n_structures).clamp(min=1).to(square.dtype)
@@ -115,4 +116,4 @@ def outermost_first(vectors: Tensor, structure: Tensor, n_structures: int) -> tu
     mean = segment_sum(square, structure, n_structures) / counts
     key = torch.sqrt(torch.where(square > 0.0, square, torch.ones_like(square)))
     scale = torch.sqrt(torch.where(mean > 0.0, mean, torch.ones_like(mean)))
-    return -key, scale.index_select(0, structure)
+    return -key, 2.0 * scale.index_select(0, structure)

@@ -174,7 +174,18 @@ def run_task(bench: Bench, task: Task, expected_failures: Mapping[str, str] | No
         return result(Verdict.RECORDED, **spent)
     if outcome.ok:
         return result(Verdict.PASSED, **spent)
-    return result(Verdict.FAILED, **spent) if expected is None else result(Verdict.EXPECTED, reason=expected, **spent)
+    if expected is None:
+        return result(Verdict.FAILED, reason=_known_limit(subject, task), **spent)
+    return result(Verdict.EXPECTED, reason=expected, **spent)
+
+
+def _known_limit(subject: Subject, task: Task) -> str:
+    """What is known of the symmetrisation method of a subject about a check; empty where that is nothing."""
+    if subject.symmetrizer is None:
+        return ""
+    method = subject.symmetrizer.method
+    reason = method.limits.get(task.id, method.limits.get(task.check.name, ""))
+    return f"known of {type(method).__name__}: {reason}" if reason else ""
 
 
 def _source(error: Exception) -> str:

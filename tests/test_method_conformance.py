@@ -1,0 +1,72 @@
+"""Every method runs through the same checks; what it cannot do is announced by itself, with a reason, and does fail."""
+
+import pytest
+import torch
+from symmetrize.backbones.toy import ToyGlobal, ToyLocal
+
+from symmetrize import OutputSpec, Symmetrizer
+from symmetrize.methods import METHODS, find_method, make_method
+from symmetrize.testing import Verdict, all_checks, of_symmetrizer, run
+
+OUTPUTS = {
+    "energy": OutputSpec("0e", reduce="sum"),
+    "vector": OutputSpec("1o"),
+    "pseudovector": OutputSpec("1e"),
+    "symmetric": OutputSpec(cartesian="ij"),
+}
+PER_STRUCTURE = {
+    "energy": OutputSpec("0e", per="structure"),
+    "dipole": OutputSpec("1o", per="structure"),
+    "tensor": OutputSpec(cartesian="ij", per="structure"),
+}
+
+#: Options without which a method cannot be made, or that make it cheap enough for a test.
+OPTIONS = {
+    "Anchored": {"method": "ECSE", "n_anchors": 6},
+    "SampledFrames": {"method": "ECSE"},
+    "PaperECSE": {"cutoff": 4.0},
+    "RandomAugmentation": {"n_samples": 4},
+}
+
+#: Whether a method passes these depends on the backbone and the seed by small factors.
+MARGINAL = {"energy_conservation"}
+
+#: What is about the frames themselves or takes long is left out here: see the tests of each method.
+LEFT_OUT = ("orientation_cover", "orientation_spectrum", "angle_dependence", "lie_derivative", "layers", "cost")
+
+
+def symmetrized(name: str, scope: str, group: str) -> Symmetrizer:
+    method = make_method(name, **OPTIONS.get(name, {}))
+    if scope == "atom":
+        backbone = ToyLocal(OUTPUTS, cutoff=4.0, seed=2)
+    else:
+        backbone = ToyGlobal(PER_STRUCTURE, seed=1)
+    return Symmetrizer(backbone.to(torch.float64), method, group=group, scope=scope).eval()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_fails_what_it_announces_and_nothing_else(name):
+    method = find_method(name)
+    failed, explained = set(), {}
+    for scope in method.scopes:
+        report = run(of_symmetrizer(symmetrized(name, scope, method.groups[0])), profile="quick", skip=LEFT_OUT)
+        bad = {r.check: r for r in report.results if r.verdict in (Verdict.FAILED, Verdict.ERROR)}
+        explained |= {check: f"in scope {scope}: {r.explain()}" for check, r in bad.items()}
+        failed |= set(bad)
+    hidden = [explained[check] for check in sorted(failed - set(method.limits))]
+    assert not hidden, "\n".join(hidden)
+    stale = set(method.limits) - failed - MARGINAL
+    assert not stale, f"announced, but passed: {stale}"
+
+
+def test_a_hidden_failure_is_seen():
+    report = run(of_symmetrizer(symmetrized("Identity", "structure", "O(3)")), profile="quick", only=["torque"])
+    assert {r.check for r in report.results if r.verdict is Verdict.FAILED} == {"torque"}
+    assert "torque" in find_method("Identity").limits
+
+
+def test_limits_name_checks_and_give_reasons():
+    for name in METHODS:
+        for check, reason in find_method(name).limits.items():
+            assert check in all_checks(), (name, check)
+            assert len(reason.split()) > 3, (name, check)
