@@ -37,11 +37,9 @@ _OF_A_RANDOM_COSET = {
     **dict.fromkeys(
         (
             "translation_invariance",
-            "permutation_equivariance",
             "periodicity",
             "exactness",
             "arithmetic",
-            "frame_permutation",
             "frame_conditioning",
         ),
         "every change of the positions, one of rounding included, is followed by a new draw of the coset",

@@ -31,11 +31,9 @@ _LIMITS: Mapping[str, str] = MappingProxyType(
         **dict.fromkeys(
             (
                 "translation_invariance",
-                "permutation_equivariance",
                 "periodicity",
                 "exactness",
                 "arithmetic",
-                "frame_permutation",
                 "frame_conditioning",
             ),
             "every change of the positions, one of rounding included, is followed by new draws",
