@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from symmetrize.errors import InvalidInputError
+from symmetrize.methods import SUMMARIES
 from symmetrize.representations import OutputSpec
 from symmetrize.study import DataEntry, StudyError, load_study
 from symmetrize.study.backbones import training_recipe
@@ -404,3 +406,12 @@ def test_an_option_may_be_a_backbone(folder):
     assert study.methods["ECSE"].options == {"fallback": {"backbone": "toy", "seed": 3}}
     after = keys(folder, other)
     assert all((before[title] != after[title]) == ("ECSE" in title) for title in before)
+
+
+@pytest.mark.parametrize("profile", [None, "small", "full"])
+def test_the_study_that_is_shipped_can_be_read(profile):
+    folder = Path(__file__).parent.parent / "examples" / "studies" / "methods-2026"
+    study = load_study(folder / "study.yaml", profile)
+    assert {entry.name for entry in study.methods.values()} >= set(SUMMARIES) - {"SampledFrames", "Anchored"}
+    readme = (folder / "README.md").read_text(encoding="utf-8")
+    assert all(entry.path.removeprefix("bundled:") in readme for entry in study.data.values())
