@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from symmetrize.backbone import Backbone
     from symmetrize.data import from_ase, from_points
+    from symmetrize.degree import find_degree
     from symmetrize.errors import (
         BackboneOutputError,
         DeclarationError,
@@ -67,6 +68,7 @@ _HOME = {
     "Symmetrizer": "symmetrize.symmetrizer",
     "UnknownSpeciesError": "symmetrize.errors",
     "WeightedFrameAveraging": "symmetrize.methods.weighted_frame_averaging",
+    "find_degree": "symmetrize.degree",
     "from_ase": "symmetrize.data",
     "from_points": "symmetrize.data",
     "list_backbones": "symmetrize.registry",
@@ -101,6 +103,7 @@ __all__ = [
     "Symmetrizer",
     "UnknownSpeciesError",
     "WeightedFrameAveraging",
+    "find_degree",
     "from_ase",
     "from_points",
     "list_backbones",

@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 from ase.build import bulk, molecule
 from symmetrize.backbones.toy import ToyLocal
+from test_study_report import METHODS, record, write
 
 from symmetrize import OutputSpec
 from symmetrize.report.check import write_check
+from symmetrize.report.study import write_report
 from symmetrize.testing.running.outcome import Finding, Outcome, Report, Result, Verdict
 from symmetrize.testing.running.runner import run
 from symmetrize.testing.subjects.subject import CLAIMS, of_backbone
@@ -214,6 +216,21 @@ def test_a_tile_leads_to_its_check(browser: Any, small_path: Path) -> None:
     opened.page.click("a.tile[href='#passed-translation-invariance']")
     assert opened.page.locator("#passed-translation-invariance .rows").is_visible()
     assert opened.clean()
+    opened.context.close()
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(WIDE, "dark"), (NARROW, "light")])
+def test_the_page_of_a_study(browser: Any, tmp_path: Path, width: int, scheme: str) -> None:
+    records = [record(method, backbone=name) for name in ("A", "B") for method in METHODS]
+    opened = Opened(browser, write_report(write(tmp_path / "run", records), formats=()), width, scheme)
+    opened.page.eval_on_selector_all("details", "list => list.forEach(e => { e.open = true; })")
+    boxes = opened.page.eval_on_selector_all(
+        "svg.figure", "list => list.map(e => [e.getBoundingClientRect().width, e.getBoundingClientRect().height])"
+    )
+    assert len(boxes) == 6 and all(wide > 200 and high > 80 for wide, high in boxes)
+    opened.page.click("nav.data a[href='#ethanol-b']")
+    assert opened.page.locator("#ethanol-b table").first.is_visible()
+    assert opened.overflow() <= 0 and opened.clean(), (opened.complaints, opened.requests)
     opened.context.close()
 
 

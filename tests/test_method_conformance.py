@@ -1,12 +1,14 @@
 """Every method runs through the same checks; what it cannot do is announced by itself, with a reason, and does fail."""
 
+import dataclasses
+
 import pytest
 import torch
 from symmetrize.backbones.toy import ToyGlobal, ToyLocal
 
 from symmetrize import OutputSpec, Symmetrizer
 from symmetrize.methods import METHODS, find_method, make_method
-from symmetrize.testing import Verdict, all_checks, of_symmetrizer, run
+from symmetrize.testing import PROFILES, Verdict, all_checks, of_symmetrizer, run
 
 OUTPUTS = {
     "energy": OutputSpec("0e", reduce="sum"),
@@ -27,6 +29,18 @@ OPTIONS = {
     "PaperECSE": {"cutoff": 4.0},
     "RandomAugmentation": {"n_samples": 4},
 }
+
+#: The quick profile with less of everything: each method is checked in every scope.
+PROFILE = dataclasses.replace(
+    PROFILES["quick"],
+    n_structures=2,
+    n_elements=2,
+    n_permutations=1,
+    n_points=17,
+    n_directions=2,
+    n_steps=20,
+    paths=("bending CO2", "pair crosses the cutoff", "through the tetrahedron"),
+)
 
 #: Whether a method passes these depends on the backbone and the seed by small factors.
 MARGINAL = {"energy_conservation"}
@@ -49,7 +63,7 @@ def test_a_method_fails_what_it_announces_and_nothing_else(name):
     method = find_method(name)
     failed, explained = set(), {}
     for scope in method.scopes:
-        report = run(of_symmetrizer(symmetrized(name, scope, method.groups[0])), profile="quick", skip=LEFT_OUT)
+        report = run(of_symmetrizer(symmetrized(name, scope, method.groups[0])), profile=PROFILE, skip=LEFT_OUT)
         bad = {r.check: r for r in report.results if r.verdict in (Verdict.FAILED, Verdict.ERROR)}
         explained |= {check: f"in scope {scope}: {r.explain()}" for check, r in bad.items()}
         failed |= set(bad)
@@ -60,7 +74,7 @@ def test_a_method_fails_what_it_announces_and_nothing_else(name):
 
 
 def test_a_hidden_failure_is_seen():
-    report = run(of_symmetrizer(symmetrized("Identity", "structure", "O(3)")), profile="quick", only=["torque"])
+    report = run(of_symmetrizer(symmetrized("Identity", "structure", "O(3)")), profile=PROFILE, only=["torque"])
     assert {r.check for r in report.results if r.verdict is Verdict.FAILED} == {"torque"}
     assert "torque" in find_method("Identity").limits
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
+
+from symmetrize.files import replacing
 
 #: Stand-ins for colors of the page, replaced by its CSS variables in the SVG.
 INK, MUTED, GRID = "#102030", "#506070", "#d0d8e0"
@@ -53,7 +56,13 @@ def power_of_ten(exponent: int) -> str:
     return "10" + str(exponent).translate(_SUPERSCRIPTS)
 
 
-def draw(name: str, description: str, plot: Callable[[Any], None], size: tuple[float, float] = (5.0, 3.3)) -> str:
+def draw(
+    name: str,
+    description: str,
+    plot: Callable[[Any], None],
+    size: tuple[float, float] = (5.0, 3.3),
+    files: Sequence[Path] = (),
+) -> str:
     """An inline SVG.
 
     Parameters
@@ -66,14 +75,29 @@ def draw(name: str, description: str, plot: Callable[[Any], None], size: tuple[f
         Draws on the ``matplotlib.figure.Figure`` that it is given.
     size : tuple of float
         Inches; the page scales it to the available width.
+    files : sequence of Path
+        Also written, on white, in the formats of their suffixes.
     """
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(_RC):
         figure = Figure(figsize=size, layout="constrained")
-        figure.patch.set_alpha(0.0)
         plot(figure)
+        # Once for all formats: this takes longer than drawing.
+        if figure.get_layout_engine() is not None:
+            figure.draw_without_rendering()
+            figure.set_layout_engine("none")
+        with matplotlib.rc_context({"svg.fonttype": "path"}):
+            for path in files:
+                with replacing(path) as temporary:
+                    figure.savefig(
+                        temporary,
+                        format=path.suffix[1:],
+                        dpi=150,
+                        metadata={"Date": None} if path.suffix == ".svg" else {},
+                    )
+        figure.patch.set_alpha(0.0)
         for axes in figure.axes:
             axes.patch.set_alpha(0.0)
         text = io.StringIO()

@@ -1,0 +1,240 @@
+"""Tables of a study: one row per method, the best values marked, refusals and failures with their reasons."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from symmetrize.report.tables import number
+
+#: Relative errors below this are rounding: all of them are as good as each other.
+EXACT = 1e-12
+#: Values within this ratio of the best are as good as it.
+TIE = 1.05
+
+
+@dataclass(frozen=True)
+class Column:
+    """A number of every cell.
+
+    Attributes
+    ----------
+    title : tuple of str
+        Lines of the heading.
+    path : str
+        Into the measures; ``*`` stands for every entry, of which the largest absolute value counts.
+    relative : bool
+        An error relative to the error scale, or to another scale: below `EXACT` it is rounding.
+    ranked : bool
+        Whether less is better.
+    """
+
+    title: tuple[str, ...]
+    path: str
+    relative: bool = True
+    ranked: bool = True
+
+
+#: What is shown of a data set, in this order, where any cell has it.
+COLUMNS = (
+    Column(("energy MAE", "meV/atom"), "accuracy.symmetrized.energy.mae", relative=False),
+    Column(("force MAE", "meV/Å"), "accuracy.symmetrized.forces.mae", relative=False),
+    Column(("rotation", "error"), "equivariance.rotations.*.max"),
+    Column(("inversion", "error"), "equivariance.inversion.*.max"),
+    Column(("orientation", "std"), "variance.symmetrized.*"),
+    Column(("symmetric", "structures"), "symmetric.structures.*.equivariance"),
+    Column(("permutation", "error"), "permutation.*"),
+    Column(("call to call",), "determinism.*"),
+    Column(("jump on", "paths"), "smoothness.jump.*"),
+    Column(("steepness", "over bare"), "smoothness.ratio.*", relative=False),
+    Column(("size", "consistency"), "locality.size_consistency"),
+    Column(("local", "equivariance"), "locality.local_equivariance"),
+    Column(("ΔL in NVE", "ħ"), "dynamics.angular_momentum", relative=False),
+    Column(("forces not", "the gradient"), "dynamics.forces"),
+    Column(("evaluations", "per atom"), "cost.evaluations_per_center", relative=False),
+    Column(("time", "over bare"), "cost.time_ratio", relative=False),
+    Column(("memory", "over bare"), "cost.peak_memory_ratio", relative=False),
+)
+
+#: Entries of measures that are no results.
+_ASIDE = ("seconds", "elements")
+
+_NON_FINITE = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
+
+
+def value_at(measures: Any, path: str) -> float | None:
+    """The number at a dotted path; of several the largest absolute value, and NaN before that; None for nothing.
+
+    On paths and on symmetric structures NaN says that a structure was refused, or that symmetry demands nothing of it:
+    the others count.
+    """
+    found = list(_numbers(measures, path.split(".")))
+    if path.startswith(("symmetric.", "smoothness.")):
+        found = [x for x in found if not math.isnan(x)]
+    if not found:
+        return None
+    return math.nan if any(math.isnan(x) for x in found) else max(found, key=abs)
+
+
+def _numbers(value: Any, path: Sequence[str]) -> Iterator[float]:
+    if path:
+        if isinstance(value, Mapping):
+            names = [name for name in value if name not in _ASIDE] if path[0] == "*" else [path[0]]
+            for name in names:
+                if name in value:
+                    yield from _numbers(value[name], path[1:])
+    elif isinstance(value, str) and value in _NON_FINITE:
+        yield _NON_FINITE[value]
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield float(value)
+
+
+def mean_value(records: Sequence[Mapping[str, Any]], path: str) -> float | None:
+    """Mean over the seeds of a cell; None where no record has the number."""
+    found = [x for x in (value_at(r["measures"], path) for r in records) if x is not None]
+    return sum(found) / len(found) if found else None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What stands in a field of a table."""
+
+    text: str
+    best: bool = False
+    exact: bool = False
+    bad: bool = False
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method: its cells, or why there are none."""
+
+    label: str
+    status: str
+    cells: list[Cell]
+    reason: str = ""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class StudyTable:
+    """All methods for one backbone and data set."""
+
+    columns: list[Column]
+    rows: list[Row]
+
+    def markdown(self, title: str) -> str:
+        """A GitHub table, the best values in bold."""
+        heading = ["method", *(" ".join(c.title) for c in self.columns)]
+        lines = [heading, [":--", *["--:"] * len(self.columns)]]
+        below = []
+        for row in self.rows:
+            if row.cells:
+                lines.append([row.label, *(f"**{c.text}**" if c.best else c.text for c in row.cells)])
+            else:
+                lines.append([row.label, row.status, *[""] * (len(self.columns) - 1)])
+                below.append(f"* {row.label}: {row.status}: {row.reason}")
+            below += [f"* {row.label}: {note}" for note in row.notes]
+        table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        return "\n".join([f"### {title}", "", table, "", *below]).rstrip() + "\n"
+
+
+def make_table(records: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> StudyTable:
+    """The table of one backbone and data set.
+
+    Parameters
+    ----------
+    records : sequence of dict
+        Of these alone; several seeds of a method are averaged, and their range is noted.
+    methods : sequence of str
+        Labels in the order of the rows.
+    """
+    groups = {label: [r for r in records if r["cell"]["method"] == label] for label in methods}
+    groups = {label: found for label, found in groups.items() if found}
+    good = {label: [r for r in found if r["status"] == "ok"] for label, found in groups.items()}
+    columns = [*_properties(records), *COLUMNS]
+    columns = [c for c in columns if any(mean_value(found, c.path) is not None for found in good.values() if found)]
+    values = {label: [mean_value(found, c.path) for c in columns] for label, found in good.items() if found}
+    best = [_best(c, [v[n] for label, v in values.items()]) for n, c in enumerate(columns)]
+    rows = []
+    for label, found in groups.items():
+        if label not in values:
+            error = found[0].get("error") or {}
+            rows.append(Row(label, found[0]["status"], [], _one_line(error.get("message", ""))))
+            continue
+        cells = [
+            _cell(c, values[label][n], best[n], [value_at(r["measures"], c.path) for r in good[label]])
+            for n, c in enumerate(columns)
+        ]
+        rows.append(Row(label, "ok", cells, notes=tuple(_notes(good[label]))))
+    return StudyTable(columns, rows)
+
+
+def _properties(records: Sequence[Mapping[str, Any]]) -> list[Column]:
+    """Columns of properties beside energies and forces."""
+    units: dict[str, str] = {}
+    for record in records:
+        for name, entry in record["measures"].get("accuracy", {}).get("symmetrized", {}).items():
+            if name not in ("energy", "forces") and isinstance(entry, Mapping):
+                units.setdefault(name, str(entry.get("unit", "")))
+    return [Column((f"{n} MAE", u), f"accuracy.symmetrized.{n}.mae", relative=False) for n, u in units.items()]
+
+
+def _best(column: Column, values: Sequence[float | None]) -> float | None:
+    """What a value may be to count as the best."""
+    finite = [abs(v) for v in values if v is not None and math.isfinite(v)]
+    if not finite or not column.ranked or len(finite) < 2:
+        return None
+    least = min(finite)
+    limit = max(least * TIE, EXACT) if column.relative else least * TIE
+    return None if all(v <= limit for v in finite) and len(finite) == len(values) else limit
+
+
+def _cell(column: Column, value: float | None, best: float | None, seeds: Sequence[float | None]) -> Cell:
+    if value is None:
+        return Cell("–")
+    if not math.isfinite(value):
+        return Cell("not finite", bad=True)
+    size = abs(value)
+    several = [x for x in seeds if x is not None]
+    note = (
+        f"{number(min(several), 2)} to {number(max(several), 2)} over {len(several)} seeds" if len(several) > 1 else ""
+    )
+    return Cell(number(value, 3), best is not None and size <= best, column.relative and size < EXACT, note=note)
+
+
+def _notes(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """What a number does not say: refused structures and paths, discontinuities, measures that failed."""
+    measures = records[0]["measures"]
+    for name, entry in measures.items():
+        if not isinstance(entry, Mapping):
+            continue
+        if "error" in entry and isinstance(entry["error"], Mapping):
+            yield f"{name} failed: {_one_line(entry['error'].get('message', ''))}"
+        elif "skipped" in entry:
+            yield f"{name}: {_one_line(entry['skipped'])}"
+    structures = measures.get("symmetric", {}).get("structures", {})
+    refused = [name for name, one in structures.items() if one.get("refused")]
+    if refused:
+        yield f"refuses {', '.join(refused)}"
+    unusable = [name for name, one in structures.items() if not one.get("refused") and one.get("finite") is False]
+    if unusable:
+        yield f"not finite on {', '.join(unusable)}"
+    paths = [name for name, why in measures.get("smoothness", {}).get("refused", {}).items() if why]
+    if paths:
+        yield f"refuses structures on the way: {', '.join(paths)}"
+    broken = [
+        f"{name} ({('the energy', 'its slope', 'its curvature')[int(order)]} jumps)"
+        for name, order in measures.get("smoothness", {}).get("discontinuous", {}).items()
+        if order is not None
+    ]
+    if broken:
+        yield f"not smooth: {', '.join(broken)}"
+
+
+def _one_line(text: Any, length: int = 240) -> str:
+    words = " ".join(str(text).split())
+    return words if len(words) <= length else f"{words[: length - 3]}..."

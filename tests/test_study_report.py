@@ -1,0 +1,182 @@
+"""The report of a study: what is marked as best, what is said of refusals and failures, and the page itself."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import re
+
+import pytest
+
+from symmetrize.errors import InvalidInputError
+from symmetrize.report.study import write_report
+from symmetrize.report.study_figures import looks, scan_paths
+from symmetrize.report.study_tables import make_table, value_at
+
+METHODS = {
+    "bare": {"name": "Identity"},
+    "ECSE": {"name": "ECSE"},
+    "averaging, degree 1": {"name": "GroupAveraging", "options": {"degree": 1}, "curve": "averaging"},
+    "averaging, degree 3": {"name": "GroupAveraging", "options": {"degree": 3}, "curve": "averaging"},
+    "frame averaging": {"name": "FrameAveraging"},
+}
+ERRORS = {
+    "bare": 0.2,
+    "ECSE": 2e-14,
+    "averaging, degree 1": 1e-2,
+    "averaging, degree 3": 1e-4,
+    "frame averaging": 5e-13,
+}
+COSTS = {"bare": 1.0, "ECSE": 4.0, "averaging, degree 1": 8.0, "averaging, degree 3": 48.0, "frame averaging": 8.0}
+
+
+def record(method, data="ethanol", backbone="PET", seed=0, **changes):
+    t = [k / 20 for k in range(21)]
+    error, cost = ERRORS[method], COSTS[method]
+    measures = {
+        "accuracy": {
+            which: {
+                "energy": {"mae": 2.0 + error, "rmse": 3.0, "unit": "meV/atom"},
+                "forces": {"mae": 70.0 + error, "rmse": 90.0, "unit": "meV/A"},
+            }
+            for which in ("bare", "symmetrized")
+        }
+        | {"seconds": 0.3},
+        "equivariance": {
+            "rotations": {"energy": {"max": error, "rms": error / 3}, "forces": {"max": error / 2, "rms": error / 5}},
+            "inversion": {"energy": {"max": error, "rms": error / 3}},
+            "seconds": 1.0,
+        },
+        "permutation": {"energy": 1e-15, "symmetric": {"methane": 1e-15}, "seconds": 7.0},
+        "symmetric": {
+            "structures": {
+                "methane": {"error": error, "equivariance": error, "finite": True, "refused": None},
+                "CO2": {"error": "nan", "equivariance": "nan", "finite": False, "refused": None},
+            }
+        },
+        "smoothness": {
+            "unit": "eV",
+            "ratio": {"bending CO2": 1.0},
+            "jump": {"bending CO2": 1e-13},
+            "discontinuous": {"bending CO2": None},
+            "refused": {},
+            "scans": {"bending CO2": {"t": t, "bare": [x * x for x in t], "symmetrized": [x * x + error for x in t]}},
+        },
+        "dynamics": {
+            "energy_rms": 0.1,
+            "angular_momentum": error,
+            "series": {"t": t, "energy": [math.sin(x) for x in t], "angular_momentum": [error * x for x in t]},
+        },
+        "cost": {"evaluations_per_center": cost, "time_ratio": cost, "peak_memory_ratio": 1.5},
+    }
+    cell = {"backbone": backbone, "method": method, "data": data, "seed": seed, "curve": METHODS[method].get("curve")}
+    found = {
+        "schema": "torch-symmetrize-study",
+        "version": 1,
+        "key": f"{hash((method, data, backbone, seed)) % 16**12:016x}",
+        "cell": cell,
+        "status": "ok",
+        "error": None,
+        "measures": measures,
+        "environment": {"versions": {"torch": "2.0"}, "threads": 1, "machine": "Linux", "date": "2026-01-01T00:00:00"},
+        "seconds": 2.0,
+    }
+    return {**found, **changes}
+
+
+def refused(method, status="refused"):
+    error = {"type": "NoFrameError", "message": "structure 3 is <collinear>", "traceback": ""}
+    return record(method, status=status, error=error, measures={})
+
+
+def write(folder, records):
+    folder.mkdir(exist_ok=True)
+    study = {"name": "trial", "methods": METHODS, "data": {"ethanol": {"path": "e.xyz", "source": "", "license": ""}}}
+    cells = [{"key": r["key"], "cell": r["cell"]} for r in records]
+    (folder / "study.json").write_text(json.dumps({"study": study, "cells": cells, "skipped": []}))
+    (folder / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    return folder
+
+
+class TestTable:
+    def test_ties_and_rounding_are_marked_and_nothing_else(self):
+        table = make_table([record(m) for m in METHODS], list(METHODS))
+        column = [c.title[0] for c in table.columns].index("rotation")
+        assert [row.cells[column].best for row in table.rows] == [False, True, False, False, True]
+        assert [row.cells[column].exact for row in table.rows] == [False, True, False, False, True]
+        same = [c.title[0] for c in table.columns].index("permutation")
+        assert not any(row.cells[same].best for row in table.rows)  # all the same: nothing stands out
+
+    def test_times_of_measures_are_no_results(self):
+        measures = record("ECSE")["measures"]
+        assert value_at(measures, "permutation.*") == 1e-15
+        assert value_at(measures, "equivariance.rotations.*.max") == 2e-14
+
+    def test_what_is_not_finite(self):
+        measures = copy.deepcopy(record("ECSE")["measures"])
+        measures["equivariance"]["rotations"]["energy"]["max"] = "inf"
+        assert value_at(measures, "equivariance.rotations.*.max") == math.inf
+        measures["equivariance"]["rotations"]["energy"]["max"] = "nan"
+        assert math.isnan(value_at(measures, "equivariance.rotations.*.max"))
+        # A refused structure is named in a note; the others count.
+        assert value_at(measures, "symmetric.structures.*.equivariance") == 2e-14
+        assert value_at(measures, "nothing.*") is None
+        table = make_table([record("bare"), record("ECSE", measures=measures)], list(METHODS))
+        cell = table.rows[1].cells[[c.title[0] for c in table.columns].index("rotation")]
+        assert cell.bad and not cell.best and cell.text == "not finite"
+
+    def test_seeds_are_averaged_and_their_range_is_noted(self):
+        other = record("ECSE", seed=1)
+        other["measures"]["accuracy"]["symmetrized"]["forces"]["mae"] = 80.0
+        table = make_table([record("bare"), record("ECSE"), other], list(METHODS))
+        column = [c.title[0] for c in table.columns].index("force MAE")
+        cell = table.rows[1].cells[column]
+        assert cell.text == "75.0" and "70.0 to 80.0 over 2 seeds" in cell.note.replace("70 ", "70.0 ").replace(
+            "80 ", "80.0 "
+        )
+
+    def test_refusals_and_failed_measures_are_said(self):
+        broken = record("ECSE")
+        broken["measures"]["dynamics"] = {"error": {"type": "ValueError", "message": "went wrong"}}
+        broken["measures"]["smoothness"]["discontinuous"]["bending CO2"] = 0
+        table = make_table([record("bare"), broken, refused("frame averaging")], list(METHODS))
+        notes = " ".join(table.rows[1].notes)
+        assert "dynamics failed: went wrong" in notes and "the energy jumps" in notes and "not finite on CO2" in notes
+        assert table.rows[2].status == "refused" and "collinear" in table.rows[2].reason
+
+
+def test_methods_of_a_curve_look_alike_and_all_others_do_not():
+    style = looks(METHODS)
+    assert style["averaging, degree 1"].color == style["averaging, degree 3"].color
+    assert len({(look.color, look.marker) for look in style.values()}) == len(METHODS)
+
+
+def test_the_page_holds_everything_and_loads_nothing(tmp_path):
+    records = [record(m, data, backbone) for data in ("ethanol", "water") for backbone in ("A", "B") for m in METHODS]
+    records += [refused("frame averaging") | {"cell": {**record("frame averaging")["cell"], "backbone": "C"}}]
+    run = write(tmp_path / "run", records)
+    page = write_report(run, formats=("svg",))
+    text = page.read_text(encoding="utf-8")
+    assert page == run / "report.html"
+    assert not re.search(r'(src|href)="(?!#)', text)
+    assert text.count("<svg") == 4 * 3
+    assert "structure 3 is &lt;collinear&gt;" in text and "<collinear>" not in text
+    assert len(set(re.findall(r'\bid="([^"]+)"', text))) == len(re.findall(r'\bid="([^"]+)"', text))
+    markdown = page.with_suffix(".md").read_text(encoding="utf-8")
+    assert "### water: B" in markdown and "**2.0e-14**" in markdown
+    assert len(list((run / "figures").glob("*.svg"))) == 4 * 3
+
+
+@pytest.mark.parametrize("status", ["refused", "failed"])
+def test_only_cells_without_results(tmp_path, status):
+    page = write_report(write(tmp_path / "run", [refused("ECSE", status)]), tmp_path / "page.html", formats=())
+    assert "1 refused" in page.read_text() if status == "refused" else "1 failed" in page.read_text()
+    assert scan_paths([refused("ECSE", status)]) == []
+
+
+def test_nothing_to_report(tmp_path):
+    with pytest.raises(InvalidInputError, match="run: expected the folder of a study"):
+        write_report(tmp_path)
+    with pytest.raises(InvalidInputError, match="expected results of a study"):
+        write_report(write(tmp_path / "run", []))
