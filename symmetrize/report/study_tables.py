@@ -61,17 +61,20 @@ COLUMNS = (
 #: Entries of measures that are no results.
 _ASIDE = ("seconds", "elements")
 
+#: Measures of which NaN is no result: one that is not finite is infinite there.
+_NOT_APPLICABLE = ("symmetric.", "smoothness.", "dynamics.", "locality.")
+
 _NON_FINITE = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 
 
 def value_at(measures: Any, path: str) -> float | None:
     """The number at a dotted path; of several the largest absolute value, and NaN before that; None for nothing.
 
-    On paths and on symmetric structures NaN says that a structure was refused, or that symmetry demands nothing of it:
-    the others count.
+    Where a measure says NaN for what does not apply (a structure that is refused or of which symmetry demands nothing,
+    the angular momentum of a crystal), the others count.
     """
     found = list(_numbers(measures, path.split(".")))
-    if path.startswith(("symmetric.", "smoothness.")):
+    if path.startswith(_NOT_APPLICABLE):
         found = [x for x in found if not math.isnan(x)]
     if not found:
         return None
