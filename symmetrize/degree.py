@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch_geometric.data import Batch, Data
@@ -96,6 +96,9 @@ class DegreeNotFoundError(SymmetrizeError, RuntimeError):
     def __init__(self, message: str, points: tuple[DegreePoint, ...]) -> None:
         super().__init__(message)
         self.points = points
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.points)
 
 
 def find_degree(

@@ -46,4 +46,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Suffix for an error about an unknown name: the nearest known ones, or all of them."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=3)
+    if not close:
+        lower = {one.lower(): one for one in known}
+        close = [lower[one] for one in difflib.get_close_matches(name.lower(), lower, n=3)]
     return f"did you mean {' or '.join(map(repr, close))}?" if close else f"known: {', '.join(map(repr, known))}"

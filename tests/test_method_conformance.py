@@ -1,12 +1,14 @@
 """Every method runs through the same checks; what it cannot do is announced by itself, with a reason, and does fail."""
 
+import copy
 import dataclasses
+import pickle
 
 import pytest
 import torch
 from symmetrize.backbones.toy import ToyGlobal, ToyLocal
 
-from symmetrize import OutputSpec, Symmetrizer
+from symmetrize import ECSE, Anchored, DeclarationError, OutputSpec, SampledFrames, Symmetrizer
 from symmetrize.methods import METHODS, find_method, make_method
 from symmetrize.testing import PROFILES, Verdict, all_checks, of_symmetrizer, run
 
@@ -84,3 +86,48 @@ def test_limits_name_checks_and_give_reasons():
         for check, reason in find_method(name).limits.items():
             assert check in all_checks(), (name, check)
             assert len(reason.split()) > 3, (name, check)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_can_be_copied_pickled_and_wrapped(name):
+    method = make_method(name, **OPTIONS.get(name, {}))
+    copies = [copy.deepcopy(method), pickle.loads(pickle.dumps(method)), SampledFrames(method)]
+    for other in copies:
+        assert (other.groups, other.scopes, dict(other.limits)) == (method.groups, method.scopes, dict(method.limits))
+    assert copies[0].describe() == copies[1].describe() == method.describe()
+
+
+@pytest.mark.parametrize("name", ["GroupAveraging", "RandomAugmentation", "StochasticFrameAveraging"])
+def test_seeds_that_cannot_be_used(name):
+    for seed in (2**64, 1.5, True):
+        with pytest.raises(DeclarationError, match=f"{name}: seed: expected an integer"):
+            make_method(name, seed=seed)
+    copy.deepcopy(make_method(name, seed=-1))
+
+
+def test_what_a_method_cannot_do_is_refused_when_the_model_is_made():
+    backbone = ToyLocal(OUTPUTS, cutoff=4.0, seed=2)
+    for method in (ECSE(pooled=True), SampledFrames(ECSE(pooled=True)), Anchored(ECSE())):
+        with pytest.raises(DeclarationError, match="works in scope 'structure', got 'atom'"):
+            Symmetrizer(backbone, method, scope="atom")
+        assert Symmetrizer(backbone, method).scope == "structure"
+    for method in (ECSE.paper(), SampledFrames(ECSE.paper()), Anchored(ECSE.paper())):
+        with pytest.raises(DeclarationError, match=r"averages over SO\(3\), got 'O\(3\)'"):
+            Symmetrizer(backbone, method, group="O(3)")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("ECES", {}, "unknown method 'ECES', did you mean 'ECSE'"),
+        ("ECSE", {"cutof_width": 1.0}, "ECSE: unknown option 'cutof_width', did you mean 'cutoff_width'"),
+        ("SampledFrames", {}, "SampledFrames: expected the option 'method'"),
+        ("SampledFrames", {"method": "Ecse"}, "did you mean 'ECSE'"),
+        ("SampledFrames", {"method": {"name": "ECSE", "pooled": 3}}, "pooled"),
+        ("LearnedCanonicalization", {"length_scale": "2"}, "length_scale: expected a positive length"),
+        ("LearnedCanonicalization", {"mirror_width": True}, "mirror_width: expected a number"),
+    ],
+)
+def test_bad_names_and_options(name, options, message):
+    with pytest.raises(DeclarationError, match=message):
+        make_method(name, **options)

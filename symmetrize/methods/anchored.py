@@ -68,7 +68,10 @@ class Anchored(FrameMethod):
         if isinstance(n_anchors, bool) or not isinstance(n_anchors, int) or n_anchors < 3:
             raise DeclarationError(f"Anchored: n_anchors: expected an integer of at least 3, got {n_anchors!r}")
         super().__init__(auxiliary=method.auxiliary)
+        if "structure" not in method.scopes:
+            raise DeclarationError(f"Anchored: expected a method of scope 'structure', got {type(method).__name__}")
         self.method = method
+        self.groups = method.groups
         self.n_anchors = n_anchors
 
     def describe(self) -> dict[str, Any]:

@@ -7,8 +7,16 @@ from torch import Tensor
 from torch_geometric.data import Data
 
 from symmetrize import keys
+from symmetrize.errors import DeclarationError
 from symmetrize.frames import Scope
 from symmetrize.ops.ragged import segment_sum
+
+
+def check_seed(method: str, seed: int) -> int:
+    """A seed that 64-bit integers can hold, or a `DeclarationError`."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+        raise DeclarationError(f"{method}: seed: expected an integer of at most 64 bits, got {seed!r}")
+    return seed
 
 
 def seed_of(generator: torch.Generator | None, seed: int) -> int:

@@ -13,7 +13,7 @@ from torch_geometric.data import Data
 from symmetrize.errors import DeclarationError, did_you_mean
 from symmetrize.frames import FrameMethod, FrameSet, Scope
 from symmetrize.methods.clouds import owners
-from symmetrize.methods.draws import seed_of, uniform_numbers
+from symmetrize.methods.draws import check_seed, seed_of, uniform_numbers
 from symmetrize.ops.finite_groups import DEGREES, rotation_group
 from symmetrize.ops.quadrature import PRODUCT_RULES, haar_rotations, rotation_quadrature
 
@@ -132,8 +132,6 @@ class GroupAveraging(FrameMethod):
             raise DeclarationError(f"GroupAveraging: degree: expected an integer of at least 0, got {degree!r}")
         if not isinstance(random, bool):
             raise DeclarationError(f"GroupAveraging: random: expected True or False, got {random!r}")
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise DeclarationError(f"GroupAveraging: seed: expected an integer, got {seed!r}")
         if degree is not None and degree > DEGREES.get(rule, degree):
             able = [repr(name) for name in RULES if DEGREES.get(name, degree) >= degree]
             raise DeclarationError(
@@ -141,10 +139,10 @@ class GroupAveraging(FrameMethod):
                 f"{' or '.join(able)} can do it"
             )
         self.degree: int = DEGREES.get(rule, 3 if degree is None else degree)
-        self.rule, self.random, self.seed = rule, random, seed
+        self.rule, self.random, self.seed = rule, random, check_seed("GroupAveraging", seed)
         if random:
             self.stochastic = True
-            self.limits = MappingProxyType(_OF_A_RANDOM_COSET)
+            self.limits = dict(_OF_A_RANDOM_COSET)  # can be copied, unlike a proxy
 
     def describe(self) -> dict[str, Any]:
         return {"degree": self.degree, "rule": self.rule, "random": self.random, "seed": self.seed}

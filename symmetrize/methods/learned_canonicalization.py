@@ -24,6 +24,7 @@ from symmetrize.errors import (
 from symmetrize.frames import FrameMethod, FrameSet, Scope
 from symmetrize.methods.canonicalization_networks import N_SPECIES, N_VECTORS, SphericalTensors, VectorNeurons
 from symmetrize.methods.clouds import Clouds, clouds, where_owner
+from symmetrize.methods.draws import check_seed
 from symmetrize.ops.ragged import segment_sum
 from symmetrize.ops.switches import smooth_step
 
@@ -135,11 +136,11 @@ class LearnedCanonicalization(FrameMethod):
         for name, number in {"channels": channels, "layers": layers, "degree": degree}.items():
             if isinstance(number, bool) or not isinstance(number, int) or number < 1:
                 raise DeclarationError(f"LearnedCanonicalization: {name}: expected a positive integer, got {number!r}")
-        if not 0.0 < length_scale < float("inf"):
+        if not _is_number(length_scale) or not 0.0 < length_scale < float("inf"):
             raise DeclarationError(
                 f"LearnedCanonicalization: length_scale: expected a positive length, got {length_scale!r}"
             )
-        if not 0.0 <= mirror_width <= 1.0:
+        if not _is_number(mirror_width) or not 0.0 <= mirror_width <= 1.0:
             raise DeclarationError(
                 f"LearnedCanonicalization: mirror_width: expected a number from 0 to 1, got {mirror_width!r}"
             )
@@ -148,7 +149,7 @@ class LearnedCanonicalization(FrameMethod):
                 f"LearnedCanonicalization: fallback: unknown fallback {fallback!r}, "
                 f"{did_you_mean(str(fallback), FALLBACKS)}"
             )
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(check_seed("LearnedCanonicalization", seed))
         if isinstance(network, torch.nn.Module):
             self.network: torch.nn.Module = network
         elif not isinstance(network, str):
@@ -323,3 +324,7 @@ def _length(vectors: Tensor) -> tuple[Tensor, Tensor]:
     square = (vectors * vectors).sum(dim=1)
     vanishing = square.detach() < VANISHING**2
     return torch.sqrt(torch.where(vanishing, torch.ones_like(square), square)), vanishing
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

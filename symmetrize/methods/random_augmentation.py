@@ -12,7 +12,7 @@ from torch_geometric.data import Data
 from symmetrize.errors import DeclarationError
 from symmetrize.frames import FrameMethod, FrameSet, Scope
 from symmetrize.methods.clouds import owners
-from symmetrize.methods.draws import seed_of, uniform_numbers
+from symmetrize.methods.draws import check_seed, seed_of, uniform_numbers
 from symmetrize.ops.quadrature import haar_rotations
 
 _LIMITS: Mapping[str, str] = MappingProxyType(
@@ -95,12 +95,11 @@ class RandomAugmentation(FrameMethod):
 
     def __init__(self, n_samples: int = 8, seed: int = 0) -> None:
         super().__init__()
-        for name, value in (("n_samples", n_samples), ("seed", seed)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise DeclarationError(f"RandomAugmentation: {name}: expected an integer, got {value!r}")
-        if n_samples < 1:
-            raise DeclarationError(f"RandomAugmentation: n_samples: expected an integer of at least 1, got {n_samples}")
-        self.n_samples, self.seed = n_samples, seed
+        if isinstance(n_samples, bool) or not isinstance(n_samples, int) or n_samples < 1:
+            raise DeclarationError(
+                f"RandomAugmentation: n_samples: expected an integer of at least 1, got {n_samples!r}"
+            )
+        self.n_samples, self.seed = n_samples, check_seed("RandomAugmentation", seed)
 
     def describe(self) -> dict[str, Any]:
         return {"n_samples": self.n_samples, "seed": self.seed}

@@ -57,8 +57,8 @@ class SampledFrames(FrameMethod):
     Notes
     -----
     Without a ``generator`` nothing is drawn: all frames of the method are returned, and the average is exact. With one,
-    each call takes one number from it; what is drawn in a structure depends on that number and on the structure
-    itself, not on the batch that it comes in.
+    each call takes one number from it (and what the method takes); what is drawn in a structure depends on that number
+    and on the structure itself, not on the batch that it comes in.
     """
 
     def __init__(self, method: FrameMethod, n_samples: int = 1) -> None:
@@ -69,6 +69,8 @@ class SampledFrames(FrameMethod):
         super().__init__(auxiliary=method.auxiliary)
         self.method = method
         self.n_samples = n_samples
+        # It can do what the method can, and without a generator it is the method.
+        self.groups, self.scopes, self.limits = method.groups, method.scopes, dict(method.limits)
 
     def describe(self) -> dict[str, Any]:
         name = type(self.method).__name__

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch_geometric.data import Data
 
-from symmetrize.errors import DeclarationError
 from symmetrize.frames import FrameMethod, FrameSet, Scope
 from symmetrize.methods.clouds import clouds
-from symmetrize.methods.draws import seed_of, uniform_numbers
+from symmetrize.methods.draws import check_seed, seed_of, uniform_numbers
 from symmetrize.methods.frame_averaging import check_width
 from symmetrize.methods.principal_axes import axis_frames, principal_axes, second_moments
 
@@ -97,9 +96,7 @@ class StochasticFrameAveraging(FrameMethod):
 
     def __init__(self, seed: int = 0, cutoff_width: float | None = None) -> None:
         super().__init__()
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise DeclarationError(f"StochasticFrameAveraging: seed: expected an integer, got {seed!r}")
-        self.seed = seed
+        self.seed = check_seed("StochasticFrameAveraging", seed)
         self.cutoff_width = check_width("StochasticFrameAveraging", cutoff_width)
 
     def describe(self) -> dict[str, Any]:
