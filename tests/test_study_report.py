@@ -168,6 +168,24 @@ def test_the_page_holds_everything_and_loads_nothing(tmp_path):
     assert len(list((run / "figures").glob("*.svg"))) == 4 * 3
 
 
+def test_labels_of_any_kind(tmp_path):
+    """Names are the users': quotes, markup, mathematics, and ones that differ only in what a link cannot hold."""
+    names = ['PET, "local" <b>', "PET local $x^", "Nätz|werk", "网络"]
+    records = [record(m, backbone=name) for name in names for m in METHODS]
+    for r in records:
+        if r["cell"]["method"] == "bare":
+            del r["measures"]["smoothness"]
+        if r["cell"]["method"] == "frame averaging":
+            r["measures"]["equivariance"]["rotations"]["energy"]["max"] = "inf"
+    page = write_report(write(tmp_path / "run", records), formats=())
+    text = page.read_text(encoding="utf-8")
+    assert 'aria-label="energy along bending CO2, ethanol, PET, &quot;local&quot; &lt;b&gt;"' in text
+    assert "<b>," not in text and text.count("<section class") == 4
+    assert len(set(re.findall(r'<section class="cellset" id="([^"]+)"', text))) == 4
+    assert "change of the energy (meV)" in text
+    assert "Nätz" in page.with_suffix(".md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("status", ["refused", "failed"])
 def test_only_cells_without_results(tmp_path, status):
     page = write_report(write(tmp_path / "run", [refused("ECSE", status)]), tmp_path / "page.html", formats=())

@@ -93,7 +93,7 @@ def _section(
 ) -> dict[str, Any]:
     """Everything that is shown of one backbone on one data set."""
     records = run.select(data=data, backbone=backbone)
-    slug = _slug(f"{data}-{backbone}")
+    slug = _slugs(run)[data, backbone]
 
     def drawn(name: str, what: str, plot: figures.Plot, size: tuple[float, float] = WIDE) -> str:
         paths = [folder / f"{slug}-{name}.{kind}" for kind in formats]
@@ -111,6 +111,15 @@ def _section(
         "cost": None if cost is None else drawn("cost", "errors of methods against their cost", cost),
         "dynamics": None if dynamics is None else drawn("dynamics", "dynamics at constant energy", dynamics),
     }
+
+
+def _slugs(run: StudyRun) -> dict[tuple[str, str], str]:
+    """A name for every pair, of letters that files and links can have, all different."""
+    found: dict[tuple[str, str], str] = {}
+    for n, (data, backbone) in enumerate(_pairs(run)):
+        slug = _slug(f"{data}-{backbone}")
+        found[data, backbone] = slug if slug and slug not in found.values() else f"{slug}-{n}".strip("-")
+    return found
 
 
 def _slug(text: str) -> str:

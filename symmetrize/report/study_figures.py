@@ -13,9 +13,11 @@ from symmetrize.report.style import COLORS, GRID, MUTED, log_axis
 
 #: Nothing below this is told apart.
 FLOOR = 1e-16
+#: Nor above this.
+CEILING = 3e3
 
 #: Okabe and Ito's colors that read on light and on dark, times markers.
-_PALETTE = ("#d55e00", "#4186d8", "#cc79a7", "#b58900", "#56b4e9", "#8a6fd1", "#c44e52", "#7a7f87")
+_PALETTE = ("#8a6fd1", "#4186d8", "#cc79a7", "#b58900", "#56b4e9", "#c44e52", "#7a7f87", "#5f7a1f")
 _MARKERS = ("s", "^", "v", "P", "X", "<", ">", "p", "h", "*")
 
 ERROR = "equivariance.rotations.*.max"
@@ -83,7 +85,8 @@ def against_cost(records: Sequence[Mapping[str, Any]], style: Mapping[str, Look]
             axis.set_ylabel(y_label)
             if y == ERROR:
                 axis.set_yscale("log")
-                log_axis(axis.yaxis, -16, 1)
+                log_axis(axis.yaxis, -17, 4)
+                axis.axhspan(1e-17, 1.5 * FLOOR, color=GRID, alpha=0.5, linewidth=0)
                 axis.axhline(1e-6, color=MUTED, linewidth=0.8, linestyle=":")
             else:
                 _front(axis, groups, x, y)
@@ -95,9 +98,9 @@ def against_cost(records: Sequence[Mapping[str, Any]], style: Mapping[str, Look]
 
 def _point(found: Sequence[Mapping[str, Any]], x: str, y: str) -> tuple[float, float] | None:
     a, b = mean_value(found, x), mean_value(found, y)
-    if a is None or b is None or not (math.isfinite(a) and math.isfinite(b)) or a <= 0.0:
+    if a is None or b is None or not math.isfinite(a) or a <= 0.0 or math.isnan(b):
         return None
-    return a, b
+    return (a, b) if math.isfinite(b) or y == ERROR else None
 
 
 def _scatter(
@@ -110,7 +113,8 @@ def _scatter(
             # It keeps its place in the legend.
             axis.plot([], [], style[label].marker, color=style[label].color, markersize=7, label=label)
             continue
-        height = max(point[1], FLOOR) if y == ERROR else point[1]
+        # What is smaller or larger lies on the edge.
+        height = min(max(point[1], FLOOR), CEILING) if y == ERROR else point[1]
         axis.plot([point[0]], [height], style[label].marker, color=style[label].color, markersize=7, label=label)
         curve = found[0]["cell"].get("curve")
         if curve:
@@ -152,15 +156,16 @@ def scans(records: Sequence[Mapping[str, Any]], style: Mapping[str, Look], path:
     """What each method adds to the bare curve, in small panels with the same axes; and the number of their rows."""
     groups = by_method(records, list(style))
     curves: dict[str, Any] = {}
+    unit = ""
     for label, found in groups.items():
         scan = found[0]["measures"].get("smoothness", {}).get("scans", {}).get(path)
         if scan is not None:
             curves[label] = {name: [_float(v) for v in values] for name, values in scan.items()}
+            unit = str(found[0]["measures"]["smoothness"].get("unit", ""))
     if not curves:
         return None
     n_columns = 4
     n_rows = -(-len(curves) // n_columns)
-    unit = next(iter(groups.values()))[0]["measures"]["smoothness"].get("unit", "")
     # As a difference: a jump of a thousandth of the energy would not be seen. Electronvolts read better in thousandths.
     factor, unit = (1000.0, "meV") if unit == "eV" else (1.0, unit)
     change = {

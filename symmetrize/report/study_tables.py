@@ -141,7 +141,7 @@ class StudyTable:
                 lines.append([row.label, row.status, *[""] * (len(self.columns) - 1)])
                 below.append(f"* {row.label}: {row.status}: {row.reason}")
             below += [f"* {row.label}: {note}" for note in row.notes]
-        table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
         return "\n".join([f"### {title}", "", table, "", *below]).rstrip() + "\n"
 
 

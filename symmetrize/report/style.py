@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import math
 import re
@@ -46,6 +47,8 @@ _RC: Any = {
     "legend.frameon": False,
     "legend.fontsize": 10,
     "lines.linewidth": 1.8,
+    # Labels are the users'.
+    "text.parse_math": False,
 }
 
 _SUPERSCRIPTS = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
@@ -125,7 +128,7 @@ def _inline(svg: str, name: str, description: str) -> str:
         raise RuntimeError("figure: expected a viewBox in matplotlib's SVG, got none")
     svg = re.sub(
         r"<svg[^>]*>",
-        f'<svg class="figure" viewBox="{box.group(1)}" role="img" aria-label="{description}">',
+        f'<svg class="figure" viewBox="{box.group(1)}" role="img" aria-label="{html.escape(description)}">',
         svg,
         count=1,
     )
