@@ -182,7 +182,7 @@ def test_options(tmp_path):
     for options, match in (
         ({"n_samples": 0}, "n_samples: expected an integer of at least 1, got 0"),
         ({"n_samples": 2.0}, "n_samples: expected an integer of at least 1, got 2.0"),
-        ({"seed": True}, "seed: expected an integer, got True"),
+        ({"seed": True}, "seed: expected an integer of at most 64 bits, got True"),
     ):
         with pytest.raises(DeclarationError, match=match):
             RandomAugmentation(**options)
