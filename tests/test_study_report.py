@@ -11,7 +11,7 @@ import pytest
 
 from symmetrize.errors import InvalidInputError
 from symmetrize.report.study import write_report
-from symmetrize.report.study_figures import looks, scan_paths
+from symmetrize.report.study_figures import against_cost, dynamics, looks, scan_paths, scans
 from symmetrize.report.study_tables import make_table, value_at
 
 METHODS = {
@@ -145,11 +145,45 @@ class TestTable:
         assert "dynamics failed: went wrong" in notes and "the energy jumps" in notes and "not finite on CO2" in notes
         assert table.rows[2].status == "refused" and "collinear" in table.rows[2].reason
 
+    def test_every_seed_is_heard(self):
+        """What is noted of any seed is noted, and a seed without results does not vanish in the mean of the others."""
+        second = record("ECSE", seed=1)
+        second["measures"]["smoothness"]["discontinuous"]["bending CO2"] = 1
+        third = refused("ECSE", "failed") | {"cell": {**record("ECSE")["cell"], "seed": 2}}
+        notes = make_table([record("bare"), record("ECSE"), second, third], list(METHODS)).rows[1].notes
+        assert sum("its slope jumps" in note for note in notes) == 1
+        assert sum("not finite on CO2" in note for note in notes) == 1
+        assert any(note.startswith("seed 2 failed: structure 3") for note in notes)
+
 
 def test_methods_of_a_curve_look_alike_and_all_others_do_not():
     style = looks(METHODS)
     assert style["averaging, degree 1"].color == style["averaging, degree 3"].color
     assert len({(look.color, look.marker) for look in style.values()}) == len(METHODS)
+    assert len({(look.color, look.line) for look in style.values()}) == len(METHODS)
+
+
+def test_a_line_for_every_seed_and_a_name_for_every_method():
+    """Also for one whose name matplotlib would leave out of a legend."""
+    figure_module = pytest.importorskip("matplotlib.figure")
+    hidden = record("bare")
+    hidden["cell"]["method"] = "_bare"
+    style = looks({"_bare": METHODS["bare"], "ECSE": METHODS["ECSE"]})
+    for seeds in (1, 2):
+        records = [hidden, *(record("ECSE", seed=seed) for seed in range(seeds))]
+        plots = {"scans": scans(records, style, "bending CO2")[0], "dynamics": dynamics(records, style)}
+        axes = {}
+        for name, plot in plots.items():
+            figure = figure_module.Figure(layout="constrained")
+            plot(figure)
+            axes[name] = figure.axes
+        assert len(axes["scans"][1].lines) == 1 + seeds  # and the line of no change
+        assert len(axes["dynamics"][1].lines) == 1 + seeds
+        (legend,) = axes["dynamics"][0].figure.legends
+        assert [text.get_text().strip() for text in legend.get_texts()] == ["_bare", "ECSE"]
+        figure = figure_module.Figure(layout="constrained")
+        against_cost(records, style)(figure)
+        assert [text.get_text().strip() for text in figure.legends[0].get_texts()] == ["_bare", "ECSE"]
 
 
 def test_the_page_holds_everything_and_loads_nothing(tmp_path):

@@ -19,6 +19,8 @@ CEILING = 3e3
 #: Okabe and Ito's colors that read on light and on dark, times markers.
 _PALETTE = ("#8a6fd1", "#4186d8", "#cc79a7", "#b58900", "#56b4e9", "#c44e52", "#7a7f87", "#5f7a1f")
 _MARKERS = ("s", "^", "v", "P", "X", "<", ">", "p", "h", "*")
+#: Of the lines of one color.
+_LINES = ("-", "--", ":", "-.")
 
 ERROR = "equivariance.rotations.*.max"
 ACCURACY = "accuracy.symmetrized.forces.mae"
@@ -34,6 +36,7 @@ class Look:
 
     color: str
     marker: str
+    line: str = "-"
 
 
 def looks(methods: Mapping[str, Mapping[str, Any]]) -> dict[str, Look]:
@@ -44,15 +47,21 @@ def looks(methods: Mapping[str, Mapping[str, Any]]) -> dict[str, Look]:
     for label, entry in methods.items():
         name, curve = str(entry.get("name", "")), entry.get("curve")
         if name == "Identity":
-            found[label] = Look(COLORS["bare"], "o")
+            color, marker = COLORS["bare"], "o"
         elif name in ("ECSE", "ECSE.paper", "PaperECSE"):
-            found[label] = Look(COLORS["O(3)"] if name == "ECSE" else "#0c5c43", ("D", "d", "H")[n_greens % 3])
+            color, marker = COLORS["O(3)"] if name == "ECSE" else "#0c5c43", ("D", "d", "H")[n_greens % 3]
             n_greens += 1
         else:
-            group = str(curve or label)
-            colors.setdefault(group, _PALETTE[len(colors) % len(_PALETTE)])
-            found[label] = Look(colors[group], _MARKERS[len(found) % len(_MARKERS)])
+            color = colors.setdefault(str(curve or label), _PALETTE[len(colors) % len(_PALETTE)])
+            marker = _MARKERS[len(found) % len(_MARKERS)]
+        n_before = sum(look.color == color for look in found.values())
+        found[label] = Look(color, marker, _LINES[n_before % len(_LINES)])
     return found
+
+
+def _shown(label: str) -> str:
+    """A label that matplotlib puts into a legend: it leaves out those that begin with an underscore."""
+    return f" {label}" if label.startswith("_") else label
 
 
 def by_method(records: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> dict[str, list[Mapping[str, Any]]]:
@@ -111,11 +120,13 @@ def _scatter(
         point = _point(found, x, y)
         if point is None:
             # It keeps its place in the legend.
-            axis.plot([], [], style[label].marker, color=style[label].color, markersize=7, label=label)
+            axis.plot([], [], style[label].marker, color=style[label].color, markersize=7, label=_shown(label))
             continue
         # What is smaller or larger lies on the edge.
         height = min(max(point[1], FLOOR), CEILING) if y == ERROR else point[1]
-        axis.plot([point[0]], [height], style[label].marker, color=style[label].color, markersize=7, label=label)
+        axis.plot(
+            [point[0]], [height], style[label].marker, color=style[label].color, markersize=7, label=_shown(label)
+        )
         curve = found[0]["cell"].get("curve")
         if curve:
             curves.setdefault(str(curve), []).append((point[0], height, style[label].color))
@@ -153,15 +164,20 @@ def scan_paths(records: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def scans(records: Sequence[Mapping[str, Any]], style: Mapping[str, Look], path: str) -> tuple[Plot, int] | None:
-    """What each method adds to the bare curve, in small panels with the same axes; and the number of their rows."""
+    """What each method adds to the bare curve, in small panels with the same axes; and the number of their rows.
+
+    A line for every seed.
+    """
     groups = by_method(records, list(style))
-    curves: dict[str, Any] = {}
+    curves: dict[str, list[dict[str, list[float]]]] = {}
     unit = ""
     for label, found in groups.items():
-        scan = found[0]["measures"].get("smoothness", {}).get("scans", {}).get(path)
-        if scan is not None:
-            curves[label] = {name: [_float(v) for v in values] for name, values in scan.items()}
-            unit = str(found[0]["measures"]["smoothness"].get("unit", ""))
+        for measures in (record["measures"].get("smoothness", {}) for record in found):
+            scan = measures.get("scans", {}).get(path)
+            if scan is not None:
+                one = {name: [_float(v) for v in values] for name, values in scan.items()}
+                curves.setdefault(label, []).append(one)
+                unit = str(measures.get("unit", ""))
     if not curves:
         return None
     n_columns = 4
@@ -169,10 +185,10 @@ def scans(records: Sequence[Mapping[str, Any]], style: Mapping[str, Look], path:
     # As a difference: a jump of a thousandth of the energy would not be seen. Electronvolts read better in thousandths.
     factor, unit = (1000.0, "meV") if unit == "eV" else (1.0, unit)
     change = {
-        label: [factor * (b - a) for a, b in zip(one["bare"], one["symmetrized"], strict=True)]
-        for label, one in curves.items()
+        label: [[factor * (b - a) for a, b in zip(one["bare"], one["symmetrized"], strict=True)] for one in seeds]
+        for label, seeds in curves.items()
     }
-    every = [0.0, *(v for values in change.values() for v in values if math.isfinite(v))]
+    every = [0.0, *(v for seeds in change.values() for values in seeds for v in values if math.isfinite(v))]
     low, high = min(every), max(every)
     margin = 0.06 * (high - low or 1.0)
 
@@ -187,12 +203,12 @@ def scans(records: Sequence[Mapping[str, Any]], style: Mapping[str, Look], path:
                 axis.set_visible(False)
                 continue
             label = list(curves)[n]
-            one = curves[label]
             axis.axhline(0.0, color=COLORS["bare"], linewidth=0.9)
-            axis.plot(one["t"], change[label], color=style[label].color, linewidth=1.5)
+            for one, values in zip(curves[label], change[label], strict=True):
+                axis.plot(one["t"], values, color=style[label].color, linewidth=1.5)
             axis.set_title(_wrapped(label), fontsize=8.5, fontweight="normal", pad=3)
             axis.tick_params(labelsize=8)
-            if not any(math.isfinite(v) for v in change[label]):
+            if not any(math.isfinite(v) for values in change[label] for v in values):
                 axis.text(0.5, 0.5, "refused", transform=axis.transAxes, ha="center", va="center", fontsize=9)
         axes[0, 0].set_xlim(0.0, 1.0)
         axes[0, 0].set_xticks([0.0, 0.5, 1.0], ["0", "0.5", "1"])
@@ -213,26 +229,29 @@ def _float(value: Any) -> float:
 
 
 def dynamics(records: Sequence[Mapping[str, Any]], style: Mapping[str, Look]) -> Plot | None:
-    """Change of the angular momentum and of the total energy in a run at constant energy."""
+    """Change of the angular momentum and of the total energy in a run at constant energy, a line for every seed."""
     groups = by_method(records, list(style))
-    series = {
-        label: found[0]["measures"].get("dynamics", {}).get("series")
+    series = [
+        (label, record["measures"]["dynamics"]["series"])
         for label, found in groups.items()
-        if value_at(found[0]["measures"], "dynamics.energy_rms") is not None
-    }
-    series = {label: one for label, one in series.items() if one}
+        for record in found
+        if value_at(record["measures"], "dynamics.energy_rms") is not None
+        and record["measures"]["dynamics"].get("series")
+    ]
     if not series:
         return None
 
     def plot(figure: Any) -> None:
         left, right = figure.subplots(1, 2)
-        for label, one in series.items():
+        for label, one in series:
+            pen = {"color": style[label].color, "linestyle": style[label].line, "linewidth": 1.3}
             time = [_float(t) for t in one["t"]]
             momentum = [max(abs(_float(v)), FLOOR) for v in one.get("angular_momentum") or []]
             if momentum and any(math.isfinite(v) for v in momentum):
-                left.plot(time[1:], momentum[1:], color=style[label].color, linewidth=1.3)
-            right.plot(time, [_float(v) for v in one["energy"]], color=style[label].color, linewidth=1.3)
-            left.plot([], [], color=style[label].color, label=label)
+                left.plot(time[1:], momentum[1:], **pen)
+            right.plot(time, [_float(v) for v in one["energy"]], **pen)
+        for label in dict.fromkeys(label for label, _ in series):
+            left.plot([], [], color=style[label].color, linestyle=style[label].line, label=_shown(label))
         left.set_yscale("log")
         left.set_ylabel("change of the angular momentum (ħ)")
         right.set_ylabel("change of the energy (meV)")

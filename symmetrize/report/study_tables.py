@@ -172,7 +172,9 @@ def make_table(records: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> 
             _cell(c, values[label][n], best[n], [value_at(r["measures"], c.path) for r in good[label]])
             for n, c in enumerate(columns)
         ]
-        rows.append(Row(label, "ok", cells, notes=tuple(_notes(good[label]))))
+        notes = dict.fromkeys(note for record in good[label] for note in _notes(record["measures"]))
+        notes |= dict.fromkeys(_without_result(record) for record in found if record["status"] != "ok")
+        rows.append(Row(label, "ok", cells, notes=tuple(notes)))
     return StudyTable(columns, rows)
 
 
@@ -209,9 +211,14 @@ def _cell(column: Column, value: float | None, best: float | None, seeds: Sequen
     return Cell(number(value, 3), best is not None and size <= best, column.relative and size < EXACT, note=note)
 
 
-def _notes(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def _without_result(record: Mapping[str, Any]) -> str:
+    """A seed that does not enter the means."""
+    reason = _one_line((record.get("error") or {}).get("message", ""))
+    return f"seed {record['cell']['seed']} {record['status']}: {reason}"
+
+
+def _notes(measures: Mapping[str, Any]) -> Iterator[str]:
     """What a number does not say: refused structures and paths, discontinuities, measures that failed."""
-    measures = records[0]["measures"]
     for name, entry in measures.items():
         if not isinstance(entry, Mapping):
             continue
