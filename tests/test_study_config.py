@@ -282,7 +282,7 @@ def test_references_are_rows_of_outputs():
 
 @settings(max_examples=50, deadline=None)
 @given(
-    n_structures=st.integers(8, 60),
+    n_structures=st.integers(9, 60),
     test=st.integers(1, 4),
     more=st.integers(0, 2),
     seed=st.integers(0, 5),

@@ -422,6 +422,65 @@ def test_backbones_are_trained_first_once_and_never_on_what_is_evaluated(folder,
     assert len(calls) == 8 and len(trained) == 1
 
 
+def with_auxiliary():
+    """A network of lengths alone stands in where the published frames give out; both networks are trained."""
+    net = TRAINED["backbones"]["net"]
+    lengths = copy.deepcopy(net) | {"data": []}
+    lengths["train"]["backbone"]["hyperparameters"]["inputs"] = "lengths"
+    paper = {"name": "ECSE.paper", "cutoff": 5.0, "scope": "structure", "auxiliary": {"backbone": "lengths"}}
+    methods = {"bare": {"name": "Identity"}, "paper": paper}
+    return TRAINED | {"backbones": {"net": net, "lengths": lengths}, "methods": methods}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of lightning
+def test_methods_refer_to_backbones_of_the_study(folder, calls, monkeypatch):
+    pytest.importorskip("lightning")
+    trained, train = [], runner.train_backbone
+    monkeypatch.setattr(runner, "train_backbone", lambda spec: trained.append(spec["label"]) or train(spec))
+    found = run(folder, with_auxiliary())
+    assert found.counts == {"ok": 2, "refused": 0, "failed": 0, "pending": 0}
+    assert trained == ["net, seed 0", "lengths, seed 0"]
+    (cell,) = (cell for cell in calls if cell.model.method.describe())
+    assert cell.model.method.auxiliary.config.inputs == "lengths" and cell.backbone.config.inputs == "vectors"
+    keys = {record["cell"]["method"]: record["key"] for record in found.records}
+    other = copy.deepcopy(with_auxiliary())
+    other["backbones"]["lengths"]["train"]["epochs"] = 2
+    plan = make_plan(load_study(save(folder, other)), folder / "run")
+    again = {spec["cell"]["method"]: spec["key"] for spec in plan.specs}
+    assert again["bare"] == keys["bare"] and again["paper"] != keys["paper"]
+    run(folder, with_auxiliary())
+    assert len(trained) == 2
+
+
+def test_a_training_that_fails_fails_the_cells_whose_methods_need_it(folder, calls, monkeypatch):
+    """Once each, also where both of its trainings fail."""
+
+    def fail(spec):
+        raise ZeroDivisionError("no data")
+
+    monkeypatch.setattr(runner, "train_backbone", fail)
+    found = run(folder, with_auxiliary())
+    assert found.counts == {"ok": 0, "refused": 0, "failed": 2, "pending": 0}
+    assert len(read_records(folder / "run")) == 2 and not calls
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            {"auxiliary": {"backbone": "lengths", "inputs": "lengths"}},
+            r"methods\.paper\.auxiliary\.inputs: expected none",
+        ),
+        ({"auxiliary": {"backbone": "toy:local"}}, r"backbones\.lengths\.data: expected at least one data set, or a"),
+    ],
+)
+def test_references_that_make_no_sense(change, message):
+    content = with_auxiliary()
+    content["methods"]["paper"].update(change)
+    with pytest.raises(DeclarationError, match=message):
+        load_study(content)
+
+
 def test_a_training_that_fails_fails_its_cells_only(folder, calls, monkeypatch):
     def fail(spec):
         raise ZeroDivisionError("no data")

@@ -21,9 +21,10 @@ from symmetrize.frames import FrameMethod
 from symmetrize.methods import METHODS, find_method, make_method
 from symmetrize.methods.identity import Identity
 from symmetrize.study.backbones import load_named, load_trained
-from symmetrize.study.config import DataEntry, is_backbone
+from symmetrize.study.config import DataEntry
 from symmetrize.study.prepared import PreparedCell
 from symmetrize.study.results import FAILED, OK, REFUSED, SCHEMA, VERSION, encode
+from symmetrize.study.specs import described_backbone
 from symmetrize.study.structures import read_all, reference_keys, references
 from symmetrize.symmetrizer import Symmetrizer, check_energy
 
@@ -181,10 +182,8 @@ def _load(described: Mapping[str, Any]) -> Backbone:
 def _method(described: Mapping[str, Any], seed: int, dtype: torch.dtype) -> FrameMethod:
     options = {}
     for name, value in described["options"].items():
-        if is_backbone(value):
-            rest = {k: v for k, v in value.items() if k not in ("backbone", "sha256")}
-            value = load_named(value["backbone"], rest).to(dtype).eval().requires_grad_(False)
-        options[name] = value
+        backbone = described_backbone(value)
+        options[name] = value if backbone is None else _load(backbone).to(dtype).eval().requires_grad_(False)
     return make_method(described["name"], **options, **_seeded(described["name"], options, seed)).eval()
 
 

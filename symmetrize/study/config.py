@@ -75,7 +75,7 @@ class BackboneEntry:
         Instead of a name: a recipe as for ``symmetrize train``, without ``seed`` (that of the study) and with
         ``data: {set: NAME, train: N, validation: N}``, NAME being a data set of the study.
     data : list of str, optional
-        Data sets that it is evaluated on; by default all.
+        Data sets that it is evaluated on; by default all. None (``[]``) for one that only methods refer to.
     scope : str, optional
         "atom" or "structure" for all methods that do not say otherwise; by default as `symmetrize.Symmetrizer` decides.
     """
@@ -97,7 +97,7 @@ class MethodEntry:
         As `symmetrize.methods.make_method` knows it.
     options : dict
         Of its constructor: in the configuration these stand beside the name. ``{backbone: "pet:ethanol"}`` stands for
-        a backbone, such as an auxiliary one.
+        a backbone, such as an auxiliary one, and ``{backbone: LABEL}`` for one of the study.
     group : str, optional
         By default "O(3)" where the method averages over it, else "SO(3)".
     scope : str, optional
@@ -371,6 +371,7 @@ def _check(study: Study) -> None:
         _check_backbone(study, label, backbone)
     for label, method in study.methods.items():
         check_method(method, f"methods.{label}")
+    _check_used(study)
     for n, skip in enumerate(study.skip):
         if skip.backbone is skip.method is skip.data is None:
             raise StudyError(f"skip[{n}]: expected a backbone, a method or a data set, got a reason only")
@@ -404,8 +405,6 @@ def _check_backbone(study: Study, label: str, backbone: BackboneEntry) -> None:
     for n, name in enumerate(backbone.data or ()):
         if name not in study.data:
             raise StudyError(f"{where}.data[{n}]: unknown data set {name!r}, {did_you_mean(name, study.data)}")
-    if backbone.data == []:
-        raise StudyError(f"{where}.data: expected at least one data set, got none")
     if backbone.train is None:
         return
     if backbone.options:
@@ -427,6 +426,27 @@ def _check_backbone(study: Study, label: str, backbone: BackboneEntry) -> None:
     from symmetrize.study.backbones import training_recipe
 
     training_recipe(study, label, study.seeds[0])
+
+
+def _check_used(study: Study) -> None:
+    """Every backbone is evaluated, or part of a method."""
+    used: set[str] = set()
+    for label, method in study.methods.items():
+        for option, value in method.options.items():
+            if is_backbone(value) and value["backbone"] in study.backbones:
+                used.add(value["backbone"])
+                more = sorted(set(value) - {"backbone"})
+                if more:
+                    raise StudyError(
+                        f"methods.{label}.{option}.{more[0]}: expected none, since {value['backbone']!r} is a backbone "
+                        "of the study with options of its own"
+                    )
+    for label, backbone in study.backbones.items():
+        if backbone.data == [] and label not in used:
+            raise StudyError(
+                f"backbones.{label}.data: expected at least one data set, or a method with {{backbone: {label}}}, "
+                "got neither"
+            )
 
 
 def _both(backbone: BackboneEntry) -> str:

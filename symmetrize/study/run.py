@@ -15,7 +15,7 @@ from typing import Any
 
 from symmetrize.errors import DeclarationError, InvalidInputError, did_you_mean
 from symmetrize.files import write_text
-from symmetrize.study.backbones import epochs_done, is_trained, train_backbone
+from symmetrize.study.backbones import epochs_done, train_backbone
 from symmetrize.study.cells import describe_error, evaluate_cell, make_record
 from symmetrize.study.config import Study, load_study
 from symmetrize.study.results import (
@@ -28,7 +28,7 @@ from symmetrize.study.results import (
     read_records,
     read_run,
 )
-from symmetrize.study.specs import Cell, Specs, list_cells
+from symmetrize.study.specs import Cell, Specs, list_cells, missing_folders
 from symmetrize.study.workers import Workers, make_workers
 
 #: Seconds between two looks at the logs of backbones in training.
@@ -195,7 +195,7 @@ def preview(plan: Plan) -> list[tuple[str, str]]:
         state = "pending" if record is None else str(record["status"])
         if record is not None and spec["key"] in pending:
             state += ", to be repeated"
-        if "recipe" in spec["backbone"] and not is_trained(Path(spec["backbone"]["folder"])):
+        if missing_folders(spec):
             state += "; its backbone is trained first"
         lines.append((Cell(spec["cell"]).title, state))
     lines += [(Cell(entry["cell"]).title, f"skipped: {entry['reason']}") for entry in plan.skipped]
@@ -211,14 +211,13 @@ class _Loop:
         self.waiting: dict[str, list[dict[str, Any]]] = {}
         self.trainings: deque[dict[str, Any]] = deque()
         for spec in plan.pending:
-            place = spec["backbone"].get("folder")
-            if place is None or is_trained(Path(place)):
+            missing = missing_folders(spec)
+            if not missing:
                 self.ready.append(spec)
-                continue
-            if place not in self.waiting:
-                title = f"training {spec['cell']['backbone']}, seed {spec['cell']['seed']}"
-                self.trainings.append({"recipe": spec["backbone"]["recipe"], "folder": place, "title": title})
-            self.waiting.setdefault(place, []).append(spec)
+            for place, backbone in missing.items():
+                if place not in self.waiting:
+                    self.trainings.append({**backbone, "title": f"training {backbone['label']}"})
+                self.waiting.setdefault(place, []).append(spec)
         self.running: dict[Future[dict[str, Any]], dict[str, Any]] = {}
 
     def run(self) -> None:
@@ -242,9 +241,12 @@ class _Loop:
         cells = self.waiting.pop(spec["folder"])
         error = future.exception()
         if error is None:
-            self.ready.extendleft(reversed(cells))
+            # A cell may wait for another backbone still.
+            others = [cell for waiting in self.waiting.values() for cell in waiting]
+            self.ready.extendleft(cell for cell in reversed(cells) if cell not in others)
             self.display.note(f"{spec['title']}: done")
             return
+        self.waiting = {folder: [c for c in waiting if c not in cells] for folder, waiting in self.waiting.items()}
         described = _describe(error)
         described["message"] = f"{spec['title']}: {described['message']}"
         for cell in cells:

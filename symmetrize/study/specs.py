@@ -13,6 +13,7 @@ from symmetrize.errors import SymmetrizeError
 from symmetrize.study.backbones import (
     TRAINED,
     fingerprint_backbone,
+    is_trained,
     load_named,
     resolve_name,
     training_hash,
@@ -59,7 +60,7 @@ def list_cells(study: Study) -> list[Cell]:
     cells = []
     for seed in study.seeds:
         for backbone, entry in study.backbones.items():
-            for data in entry.data or study.data:
+            for data in study.data if entry.data is None else entry.data:
                 for method, how in study.methods.items():
                     labels = {"backbone": backbone, "method": method, "data": data, "seed": seed, "curve": how.curve}
                     reason = next((s.reason for s in study.skip if _matches(s, labels)), "")
@@ -107,9 +108,11 @@ class Specs:
         backbone = self._backbone(labels["backbone"], labels["seed"])
         entry = study.data[labels["data"]]
         file, numbers = self._file(labels["data"])
-        self._refuse_leaks(labels)
         method = study.methods[labels["method"]]
-        options = {k: self._option(v) for k, v in method.options.items()}
+        options = {k: self._option(v, labels["seed"]) for k, v in method.options.items()}
+        used = [v["backbone"] for v in method.options.values() if is_backbone(v)]
+        for label in (labels["backbone"], *used):
+            self._refuse_leaks(label, labels["data"])
         scope = method.scope or study.backbones[labels["backbone"]].scope
         spec = {
             "cell": dict(labels),
@@ -189,36 +192,58 @@ class Specs:
             parts = split(len(frames), DataRecipe(**recipe["data"]))
             seen = [*parts.train.tolist(), *parts.validation.tolist()]
             self._trained_on[label] = {fingerprint_structure(frames[n]) for n in seen}
-        return {"recipe": recipe, "folder": str(folder), "sha256": digest}
+        return {"label": f"{label}, seed {seed}", "recipe": recipe, "folder": str(folder), "sha256": digest}
 
-    def _refuse_leaks(self, labels: Mapping[str, Any]) -> None:
+    def _refuse_leaks(self, backbone: str, data: str) -> None:
         """Whatever the files are called: what a backbone has seen says nothing about how good it is."""
-        evaluated = self._evaluated[labels["data"]]
-        common = sorted(evaluated[key] for key in evaluated.keys() & self._trained_on.get(labels["backbone"], set()))
+        evaluated = self._evaluated[data]
+        common = sorted(evaluated[key] for key in evaluated.keys() & self._trained_on.get(backbone, set()))
         if common:
             raise StudyError(
-                f"backbones.{labels['backbone']}.train: expected training without what is evaluated, got structure "
-                f"{common[0]} of {labels['data']!r} in it ({len(common)} in all); name the same path in both data "
-                "sets, or raise held_out"
+                f"backbones.{backbone}.train: expected training without what is evaluated, got structure "
+                f"{common[0]} of {data!r} in it ({len(common)} in all); name the same path in both data sets, or "
+                "raise held_out"
             )
 
-    def _option(self, value: Any) -> Any:
+    def _option(self, value: Any, seed: int) -> Any:
+        """An option of a method; a backbone is described as that of the cell is."""
         if not is_backbone(value):
             return value
+        if value["backbone"] in self.study.backbones:
+            return {"backbone": self._backbone(value["backbone"], seed)}
         name = resolve_name(value["backbone"], self.study.folder)
         options = {k: v for k, v in value.items() if k != "backbone"}
-        return {**options, "backbone": name, "sha256": fingerprint_backbone(load_named(name, options))}
+        digest = fingerprint_backbone(load_named(name, options))
+        return {"backbone": {"name": name, "options": options, "sha256": digest}}
+
+
+def described_backbone(option: Any) -> dict[str, Any] | None:
+    """The backbone that an option of a method stands for in a specification; None for other options."""
+    found = option.get("backbone") if isinstance(option, Mapping) else None
+    return found if isinstance(found, dict) else None
+
+
+def missing_folders(spec: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Backbones of a cell, by folder, that have to be trained first: its own and those of its method."""
+    described = [spec["backbone"], *map(described_backbone, spec["method"]["options"].values())]
+    found = {one["folder"]: one for one in described if one is not None and "folder" in one}
+    return {folder: one for folder, one in found.items() if not is_trained(Path(folder))}
 
 
 def cell_key(spec: Mapping[str, Any]) -> str:
     """16 digits of the hash of everything that determines the numbers of a cell, wherever its files lie."""
-    backbone = {k: v for k, v in spec["backbone"].items() if k in ("options", "sha256")}
     data = {k: v for k, v in spec["data"].items() if k != "path"}
     labels = {k: v for k, v in spec["cell"].items() if k != "curve"}
-    method = json.loads(json.dumps(spec["method"]))
-    for value in method["options"].values():
-        if is_backbone(value):
-            del value["backbone"]  # by its hash
+    options = {}
+    for name, value in spec["method"]["options"].items():
+        described = described_backbone(value)
+        options[name] = value if described is None else _by_hash(described)
+    method = {**spec["method"], "options": options}
+    backbone = _by_hash(spec["backbone"])
     content = {**spec, "cell": labels, "backbone": backbone, "data": data, "method": method, "version": VERSION}
     content.pop("key", None)
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _by_hash(described: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in described.items() if name in ("options", "sha256")}
