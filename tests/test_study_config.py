@@ -400,10 +400,13 @@ def test_a_trained_backbone_is_one_per_seed_and_recipe(folder):
 
 
 def test_an_option_may_be_a_backbone(folder):
-    content = changed("methods", "ECSE", "fallback", to={"backbone": "toy", "seed": 3})
+    content = changed("methods", "ECSE", "fallback", to={"backbone": "toy:local", "seed": 3})
     study = load_study(save(folder, content))
-    before, other = keys(folder, content), changed("methods", "ECSE", "fallback", to={"backbone": "toy", "seed": 4})
-    assert study.methods["ECSE"].options == {"fallback": {"backbone": "toy", "seed": 3}}
+    before, other = (
+        keys(folder, content),
+        changed("methods", "ECSE", "fallback", to={"backbone": "toy:local", "seed": 4}),
+    )
+    assert study.methods["ECSE"].options == {"fallback": {"backbone": "toy:local", "seed": 3}}
     after = keys(folder, other)
     assert all((before[title] != after[title]) == ("ECSE" in title) for title in before)
 
