@@ -22,9 +22,9 @@ from symmetrize.testing.structures.sets import mapped
 #: Paths of `symmetrize.testing.paths`, those first that the known weaknesses of methods lie on: equal eigenvalues,
 #: lines, the cutoff, ties between neighbors.
 PATHS = (
-    *("through the tetrahedron", "bending CO2", "atom leaves a cluster", "exchange of nearest neighbors"),
-    *("umbrella inversion", "through the square", "three-fold exchange", "bending propyne", "right angle"),
-    *("methyl onto the axis", "through the centroid", "atom beside a dimer", "bending HCN", "bending C2H2, cis"),
+    *("through the tetrahedron", "bending CO2", "right angle", "atom leaves a cluster"),
+    *("exchange of nearest neighbors", "umbrella inversion", "through the square", "three-fold exchange"),
+    *("bending propyne", "methyl onto the axis", "through the centroid", "atom beside a dimer", "bending HCN", "bending C2H2, cis"),
     *("bending C2H2, trans", "pair crosses the cutoff"),
 )
 
