@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from symmetrize.backbone import Backbone
+from symmetrize.data import read_structures
 from symmetrize.errors import DeclarationError, InvalidInputError, InvalidTypeError, SymmetrizeError, did_you_mean
 from symmetrize.frames import FrameMethod
 from symmetrize.methods.text import read_method
@@ -114,8 +115,8 @@ def check_target(
         require_libraries()
     if library is False and structures is None:
         raise DeclarationError("--no-library: expected --structures FILE, or there is nothing to check on")
-    atoms = None if structures is None else read_structures(structures)
-    frames = None if trajectory is None else read_structures(trajectory)
+    atoms = None if structures is None else read_structures(structures, "--structures")
+    frames = None if trajectory is None else read_structures(trajectory, "--trajectory")
     chosen = None if method is None and not symmetrize else read_method("ECSE" if method is None else method)
     model = _prepared(load_target(target), method=chosen, group=group, dtype=dtype)
     options: dict[str, Any] = {"group": group, "cutoff": cutoff, "tolerance": tolerance, "species": _species(species)}
@@ -358,26 +359,6 @@ def _species(text: str | None) -> tuple[int, ...] | None:
     if not out:
         raise DeclarationError("--species: expected symbols such as H,C,O, got none")
     return tuple(sorted(set(out)))
-
-
-def read_structures(path: str | Path) -> list[Atoms]:
-    """All structures of a file in any format of ASE.
-
-    Raises
-    ------
-    InvalidInputError
-        Nothing that ASE can read.
-    """
-    from ase.io import read
-
-    try:
-        found = read(path, ":")
-    except Exception as error:  # whatever ASE's many readers raise
-        raise InvalidInputError(f"{path}: expected structures that ASE reads, got {_summary(error)}") from error
-    frames = found if isinstance(found, list) else [found]
-    if not frames:
-        raise InvalidInputError(f"{path}: expected at least one structure, got none")
-    return frames
 
 
 def _references(subject: Subject, atoms: Sequence[Atoms] | None, path: str | Path | None) -> dict[str, Tensor]:

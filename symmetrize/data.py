@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -85,6 +86,35 @@ def _electronic_state(items: list[Atoms], dtype: torch.dtype) -> dict[str, Tenso
                 raise InvalidInputError(f"{name}: structure {n}: expected a number in atoms.info, got {value!r}")
         fields[name] = torch.tensor([float(default if value is None else value) for value in found], dtype=dtype)
     return fields
+
+
+def read_structures(path: str | os.PathLike[str], name: str = "structures") -> list[Atoms]:
+    """All structures of a file in any format that ASE reads.
+
+    Parameters
+    ----------
+    path : path
+    name : str
+        What an error calls the file: the option or entry that names it.
+
+    Raises
+    ------
+    InvalidInputError
+        There is no such file, ASE cannot read it, or it is empty.
+    """
+    from ase.io import read
+
+    try:
+        found = read(path, ":")
+    except FileNotFoundError as error:
+        raise InvalidInputError(f"{name}: expected a file of structures, there is none at {str(path)!r}") from error
+    except Exception as error:  # whatever ASE's many readers raise
+        what = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise InvalidInputError(f"{name}: expected structures that ASE reads, got {str(path)!r}: {what}") from error
+    frames = found if isinstance(found, list) else [found]
+    if not frames:
+        raise InvalidInputError(f"{name}: expected at least one structure, got none in {str(path)!r}")
+    return frames
 
 
 def from_points(pos: Tensor, batch: Tensor | None = None, cutoff: float | None = None, **features: Any) -> Batch:

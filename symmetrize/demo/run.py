@@ -19,6 +19,7 @@ import torch
 from ase import Atoms
 from tqdm import tqdm
 
+from symmetrize.data import read_structures
 from symmetrize.demo.dynamics import run_dynamics
 from symmetrize.demo.results import DemoResult, Dynamics, Row, Scan, SymmetryError
 from symmetrize.demo.scenes import draw_frames, scan_rotation
@@ -261,21 +262,13 @@ def _folder(output: str | os.PathLike[str]) -> Path:
 
 
 def _read(structures: str | os.PathLike[str] | None) -> list[Atoms]:
-    from ase.io import read
-
     if structures is None:
         with as_file(files("symmetrize.demo") / "data" / "ethanol-test.xyz") as path:
-            return list(read(path, ":"))
-    path = Path(structures)
-    if not path.is_file():
-        raise InvalidInputError(f"structures: expected a file, got {str(path)!r}")
-    try:
-        found = read(path, ":")
-    except Exception as error:  # every format of ASE has errors of its own
-        raise InvalidInputError(f"structures: expected a file that ASE can read, got {str(path)!r}: {error}") from error
+            return read_structures(path)
+    found = read_structures(structures)
     if len(found) < 2:
         raise InvalidInputError(f"structures: expected at least two, got {len(found)}")
-    return list(found)
+    return found
 
 
 def _provenance(

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
-from ase.io import read, write
+from ase.io import write
 from ase.stress import full_3x3_to_voigt_6_stress
 from tqdm import tqdm
 
+from symmetrize.data import read_structures
 from symmetrize.errors import CostWarning, InvalidInputError, MissingDependencyError, SymmetrizeError, did_you_mean
 from symmetrize.evaluate.batches import make_batches, share_out
 from symmetrize.evaluate.job import Job
@@ -101,7 +102,7 @@ def evaluate_file(
         if limit < 1:
             raise InvalidInputError(f"{name}: expected a positive number, got {limit}")
     first = len(chosen) == 1 or _is_first_process()
-    frames = _read(structures)
+    frames = read_structures(structures)
     job = Job(frames, [key_of(a) for a in frames], backbone, group, scope, forces, stress, spread, dtype)
     n_atoms = [len(atoms) for atoms in frames]
     model = job.build()
@@ -207,17 +208,6 @@ def _is_first_process() -> bool:
     from symmetrize.evaluate.lit import is_first_process
 
     return is_first_process()
-
-
-def _read(structures: str | Path) -> list[Atoms]:
-    try:
-        found = read(structures, ":")
-    except Exception as error:  # whatever ASE's many readers raise
-        raise InvalidInputError(f"{structures}: expected structures that ASE reads, got {error}") from error
-    frames = found if isinstance(found, list) else [found]
-    if not frames:
-        raise InvalidInputError(f"{structures}: expected at least one structure, got none")
-    return frames
 
 
 @contextlib.contextmanager

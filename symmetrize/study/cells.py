@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from symmetrize.backbone import Backbone
+from symmetrize.data import read_structures
 from symmetrize.errors import DeclarationError, InvalidInputError, NoFrameError, SymmetrizeError
 from symmetrize.frames import FrameMethod
 from symmetrize.methods import METHODS, find_method, make_method
@@ -25,7 +26,7 @@ from symmetrize.study.config import DataEntry
 from symmetrize.study.prepared import PreparedCell
 from symmetrize.study.results import FAILED, OK, REFUSED, SCHEMA, VERSION, encode
 from symmetrize.study.specs import described_backbone
-from symmetrize.study.structures import read_all, reference_keys, references
+from symmetrize.study.structures import reference_keys, references
 from symmetrize.symmetrizer import Symmetrizer, check_energy
 
 #: What says of a structure that a method, or a model, is not meant for it.
@@ -122,7 +123,7 @@ def prepare_cell(spec: Mapping[str, Any]) -> PreparedCell:
     backbone = _load(spec["backbone"]).to(dtype).eval().requires_grad_(False)
     labels, data = spec["cell"], spec["data"]
     entry = DataEntry(path=data["path"], **data["entry"])
-    frames = read_all(Path(data["path"]), f"data.{labels['data']}.path")
+    frames = read_structures(Path(data["path"]), f"data.{labels['data']}.path")
     structures = [frames[n] for n in data["numbers"]]
     values, units = references(labels["data"], entry, structures, backbone.outputs)
     bare_structures = [_without_references(atoms, entry) for atoms in structures]

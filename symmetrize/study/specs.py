@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from symmetrize.data import read_structures
 from symmetrize.errors import SymmetrizeError
 from symmetrize.study.backbones import (
     TRAINED,
@@ -27,7 +28,6 @@ from symmetrize.study.structures import (
     chosen,
     find_file,
     fingerprint_structure,
-    read_all,
 )
 from symmetrize.training.config import DataRecipe
 from symmetrize.training.dataset import split
@@ -153,7 +153,7 @@ class Specs:
         if label not in self._files:
             entry = self.study.data[label]
             file = find_file(label, entry, self.study.folder, self.data)
-            frames = read_all(file.path, f"data.{label}.path")
+            frames = read_structures(file.path, f"data.{label}.path")
             numbers = chosen(entry, len(frames), label)
             check_references(label, entry, frames, numbers, file.path.name)
             self._files[label] = file, numbers
@@ -188,7 +188,7 @@ class Specs:
         digest = training_hash(recipe, file)
         folder = self.output.resolve() / TRAINED / digest
         if label not in self._trained_on:
-            frames = read_all(file.path, f"data.{name}.path")
+            frames = read_structures(file.path, f"data.{name}.path")
             parts = split(len(frames), DataRecipe(**recipe["data"]))
             seen = [*parts.train.tolist(), *parts.validation.tolist()]
             self._trained_on[label] = {fingerprint_structure(frames[n]) for n in seen}

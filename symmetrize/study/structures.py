@@ -90,26 +90,6 @@ def find_file(label: str, entry: DataEntry, folder: Path, data: Path | None = No
     return DataFile(found[0].resolve(), digest)
 
 
-def read_all(path: Path, where: str) -> list[Atoms]:
-    """All structures of a file.
-
-    Raises
-    ------
-    InvalidInputError
-        Nothing that ASE reads.
-    """
-    from ase.io import read
-
-    try:
-        found = read(path, ":")
-    except Exception as error:  # whatever ASE's many readers raise
-        raise InvalidInputError(f"{where}: expected structures that ASE reads, got {path.name}: {error}") from error
-    frames = found if isinstance(found, list) else [found]
-    if not frames:
-        raise InvalidInputError(f"{where}: expected at least one structure, got none in {path.name}")
-    return frames
-
-
 def fingerprint_structure(atoms: Atoms) -> str:
     """Hash of species, positions (to 1e-6 angstrom) and cell: the same in every file that a structure is in."""
     numbers = [np.round(values, 6) + 0.0 for values in (atoms.numbers, atoms.positions, atoms.cell.array)]

@@ -15,6 +15,7 @@ from torch_geometric.data import Batch
 
 from symmetrize import keys
 from symmetrize.data import from_ase, replace
+from symmetrize.data import read_structures as read_file
 from symmetrize.errors import InvalidInputError
 from symmetrize.ops.ragged import gather_rows, offsets
 from symmetrize.ops.rotations import random_rotations
@@ -155,13 +156,11 @@ def read_structures(recipe: DataRecipe) -> list[Atoms]:
     InvalidInputError
         There is no such file (the message says where it can be had), or it holds too few structures.
     """
-    import ase.io
-
     path = Path(recipe.path)
     if not path.is_file():
         hint = f"; get it from {recipe.source}" if recipe.source else ""
         raise InvalidInputError(f"data.path: expected a file of structures, there is none at {path}{hint}")
-    structures = list(ase.io.iread(path, index=":"))
+    structures = read_file(path, "data.path")
     wanted = recipe.train + recipe.validation + recipe.test
     if len(structures) < wanted:
         raise InvalidInputError(

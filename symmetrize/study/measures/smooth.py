@@ -24,7 +24,14 @@ from symmetrize.testing.structures.sets import mapped
 PATHS = (
     *("through the tetrahedron", "bending CO2", "right angle", "atom leaves a cluster"),
     *("exchange of nearest neighbors", "umbrella inversion", "through the square", "three-fold exchange"),
-    *("bending propyne", "methyl onto the axis", "through the centroid", "atom beside a dimer", "bending HCN", "bending C2H2, cis"),
+    *(
+        "bending propyne",
+        "methyl onto the axis",
+        "through the centroid",
+        "atom beside a dimer",
+        "bending HCN",
+        "bending C2H2, cis",
+    ),
     *("bending C2H2, trans", "pair crosses the cutoff"),
 )
 
