@@ -105,7 +105,7 @@ def read_structures(path: str | os.PathLike[str], name: str = "structures") -> l
     from ase.io import read
 
     try:
-        found = read(path, ":")
+        found = read(os.fspath(path), ":")
     except FileNotFoundError as error:
         raise InvalidInputError(f"{name}: expected a file of structures, there is none at {str(path)!r}") from error
     except Exception as error:  # whatever ASE's many readers raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -126,11 +127,18 @@ def evaluate(
     -------
     Errors
     """
-    device = next(backbone.parameters()).device
-    sums = torch.zeros(6, dtype=torch.float64)
-    for picked in structures.split(batch_size):
-        batch = table.select(picked, dtype, baseline).to(device)
+
+    def predict(batch: Batch) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
-            energy, forces = energy_and_forces(backbone, batch, create_graph=False)
-        sums += error_sums(energy, forces, batch).cpu()
+            return energy_and_forces(backbone, batch, create_graph=False)
+
+    device = next(backbone.parameters()).device
+    return errors_of(predict, (table.select(n, dtype, baseline).to(device) for n in structures.split(batch_size)))
+
+
+def errors_of(predict: Callable[[Batch], tuple[Tensor, Tensor]], batches: Iterable[Batch]) -> Errors:
+    """Errors over batches, which hold at least one structure, of what predicts energies and forces."""
+    sums = torch.zeros(6, dtype=torch.float64)
+    for batch in batches:
+        sums += error_sums(*predict(batch), batch).cpu()
     return errors_from(sums)

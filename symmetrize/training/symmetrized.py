@@ -38,7 +38,7 @@ from symmetrize.training.drawn import (
     TURN,
     draw_frames,
 )
-from symmetrize.training.gradients import Errors, error_sums, errors_from
+from symmetrize.training.gradients import Errors, errors_of
 
 
 def make_method(recipe: SymmetrizeRecipe) -> FrameMethod:
@@ -274,9 +274,5 @@ def evaluate_symmetrized(
     """Errors of a symmetrised backbone, over all frames: `symmetrize.training.evaluate` for what a recipe trains."""
     model = make_symmetrizer(backbone, recipe)
     device = next(backbone.parameters()).device
-    sums = torch.zeros(6, dtype=torch.float64)
-    for picked in structures.split(batch_size):
-        batch = table.select(picked, dtype, baseline).to(device)
-        energy, forces = symmetrized_energy_and_forces(model, batch, create_graph=False)
-        sums += error_sums(energy, forces, batch).cpu()
-    return errors_from(sums)
+    batches = (table.select(picked, dtype, baseline).to(device) for picked in structures.split(batch_size))
+    return errors_of(lambda batch: symmetrized_energy_and_forces(model, batch, create_graph=False), batches)
