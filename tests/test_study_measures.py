@@ -14,7 +14,7 @@ from symmetrize.methods import make_method
 from symmetrize.ops.ragged import segment_sum
 from symmetrize.ops.rotations import about_axis
 from symmetrize.study.measures import MEASURES, SIZES, dynamics, symmetry
-from symmetrize.study.measures.common import Interaction, size_of, stage, without_baseline
+from symmetrize.study.measures.common import Interaction, are_crystals, size_of, stage, without_baseline
 from symmetrize.study.prepared import PreparedCell
 from symmetrize.study.results import encode
 from symmetrize.testing import geometries
@@ -210,6 +210,43 @@ def test_accuracy_against_its_own_values():
     found = MEASURES["accuracy"](cell_of(ECSE(), references=shifted))
     assert found["symmetrized"]["energy"]["mae"] == pytest.approx(2.0, rel=1e-9)
     assert found["symmetrized"]["forces"]["rmse"] == pytest.approx(3.0, rel=1e-9)
+
+
+def test_accuracy_of_constants():
+    """What a network has learned nothing beyond: no forces, the mean energy, the mean of anything else."""
+    structures = [random_cluster(n, n) for n in (3, 4, 5)]
+    counts = torch.tensor([3.0, 4.0, 5.0], dtype=torch.float64)
+    references = {
+        "energy": counts * torch.tensor([1.0, 2.0, 6.0], dtype=torch.float64),
+        "forces": torch.tensor([[0.001, -0.002, 0.003]], dtype=torch.float64).repeat(12, 1),
+    }
+    found = MEASURES["accuracy"](cell_of(ECSE(), structures=structures, references=references))["constant"]
+    assert found["energy"]["mae"] == pytest.approx(2000.0) and found["energy"]["unit"] == "meV/atom"
+    assert found["forces"]["mae"] == pytest.approx(2.0)
+    dipole = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 0.0], [2.0, 0.0, 3.0]], dtype=torch.float64)
+    cell = cell_of(ECSE(), backbone=toy(DIPOLE), structures=structures, references={"dipole": dipole})
+    found = MEASURES["accuracy"](cell)
+    assert found["constant"]["dipole"]["mae"] == pytest.approx((2 / 3 + 4 / 3) / 3)
+    assert found["bare"]["dipole"]["unit"] == found["constant"]["dipole"]["unit"]
+
+
+def test_molecules_in_a_box_are_no_crystals():
+    from ase.build import bulk, graphene, molecule
+
+    boxed = molecule("CH4", vacuum=4.0, pbc=True)
+    dimer = boxed.repeat((2, 1, 1))
+    layer = graphene(vacuum=6.0)
+    layer.pbc = True
+    for atoms, expected in (
+        (boxed, False),
+        (dimer, False),
+        (molecule("CH4"), False),
+        (bulk("Cs"), True),
+        (bulk("NaCl", "rocksalt", 5.64), True),
+        (bulk("Si").repeat(2), True),
+        (layer, True),
+    ):
+        assert are_crystals(cell_of(ECSE(), structures=[atoms])) == expected
 
 
 def test_accuracy_of_other_quantities_and_of_nothing():

@@ -12,7 +12,8 @@ import pytest
 from symmetrize.errors import InvalidInputError
 from symmetrize.report.study import write_report
 from symmetrize.report.study_figures import against_cost, dynamics, looks, scan_paths, scans
-from symmetrize.report.study_tables import make_table, value_at
+from symmetrize.report.study_tables import CONSTANT, make_table
+from symmetrize.study.results import find_number
 
 METHODS = {
     "bare": {"name": "Identity"},
@@ -110,18 +111,18 @@ class TestTable:
 
     def test_times_of_measures_are_no_results(self):
         measures = record("ECSE")["measures"]
-        assert value_at(measures, "permutation.*") == 1e-15
-        assert value_at(measures, "equivariance.rotations.*.max") == 2e-14
+        assert find_number(measures, "permutation.*") == 1e-15
+        assert find_number(measures, "equivariance.rotations.*.max") == 2e-14
 
     def test_what_is_not_finite(self):
         measures = copy.deepcopy(record("ECSE")["measures"])
         measures["equivariance"]["rotations"]["energy"]["max"] = "inf"
-        assert value_at(measures, "equivariance.rotations.*.max") == math.inf
+        assert find_number(measures, "equivariance.rotations.*.max") == math.inf
         measures["equivariance"]["rotations"]["energy"]["max"] = "nan"
-        assert math.isnan(value_at(measures, "equivariance.rotations.*.max"))
+        assert math.isnan(find_number(measures, "equivariance.rotations.*.max"))
         # A refused structure is named in a note; the others count.
-        assert value_at(measures, "symmetric.structures.*.equivariance") == 2e-14
-        assert value_at(measures, "nothing.*") is None
+        assert find_number(measures, "symmetric.structures.*.equivariance") == 2e-14
+        assert find_number(measures, "nothing.*") is None
         table = make_table([record("bare"), record("ECSE", measures=measures)], list(METHODS))
         cell = table.rows[1].cells[[c.title[0] for c in table.columns].index("rotation")]
         assert cell.bad and not cell.best and cell.text == "not finite"
@@ -135,6 +136,17 @@ class TestTable:
         assert cell.text == "75.0" and "70.0 to 80.0 over 2 seeds" in cell.note.replace("70 ", "70.0 ").replace(
             "80 ", "80.0 "
         )
+
+    def test_what_a_model_that_knows_nothing_would_do(self):
+        """Shown above all methods, and no candidate for the best value."""
+        records = [record("bare"), record("ECSE")]
+        for r in records:
+            r["measures"]["accuracy"]["constant"] = {"forces": {"mae": 1.0, "rmse": 1.0, "unit": "meV/A"}}
+        table = make_table(records, list(METHODS))
+        column = [c.title[0] for c in table.columns].index("force MAE")
+        assert [row.label for row in table.rows] == [CONSTANT, "bare", "ECSE"]
+        assert table.rows[0].cells[column].text == "1.00" and not table.rows[0].cells[column].best
+        assert all(cell.text == "–" for n, cell in enumerate(table.rows[0].cells) if n != column)
 
     def test_refusals_and_failed_measures_are_said(self):
         broken = record("ECSE")

@@ -481,6 +481,20 @@ def test_small_jumps_are_found_at_known_events_and_nan_anywhere():
     assert root.jump(1) > 10.0 and root.jump(0) < 1e-3
 
 
+@pytest.mark.parametrize("size", [1e-7, 1e-3, 1.0])
+def test_a_value_that_is_alone_is_found_at_a_known_event(size):
+    """Continuous on either side and from side to side: only the place itself says so."""
+
+    def alone(t):
+        return torch.stack([torch.sin(40 * t), torch.exp(t) + torch.where(t == 0.5, size, 0.0)], dim=1)
+
+    found = st.measure_smoothness(alone, events=[0.5], n_points=64)
+    assert found.jump(0) == pytest.approx(size, rel=1e-3) and found.jumps[0].location == 0.5
+    assert st.measure_smoothness(alone, events=[0.25], n_points=64).jump(0) < 1e-12
+    # Where an event is an end of the scan there is no other side.
+    assert st.measure_smoothness(alone, events=[0.0, 1.0], n_points=64).jump(0) < 1e-12
+
+
 @pytest.mark.parametrize("name", list(st.paths(CUTOFF)))
 def test_exact_model_is_smooth_on_every_path(name):
     path = st.paths(CUTOFF)[name]

@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from symmetrize.report.study_tables import mean_value, value_at
+from symmetrize.report.study_tables import mean_value
 from symmetrize.report.style import COLORS, GRID, MUTED, log_axis
+from symmetrize.study.results import find_number
 
 #: Nothing below this is told apart.
 FLOOR = 1e-16
@@ -235,7 +236,7 @@ def dynamics(records: Sequence[Mapping[str, Any]], style: Mapping[str, Look]) ->
         (label, record["measures"]["dynamics"]["series"])
         for label, found in groups.items()
         for record in found
-        if value_at(record["measures"], "dynamics.energy_rms") is not None
+        if find_number(record["measures"], "dynamics.energy_rms") is not None
         and record["measures"]["dynamics"].get("series")
     ]
     if not series:
@@ -253,6 +254,7 @@ def dynamics(records: Sequence[Mapping[str, Any]], style: Mapping[str, Look]) ->
         for label in dict.fromkeys(label for label, _ in series):
             left.plot([], [], color=style[label].color, linestyle=style[label].line, label=_shown(label))
         left.set_yscale("log")
+        log_axis(left.yaxis, -17, 4)
         left.set_ylabel("change of the angular momentum (ħ)")
         right.set_ylabel("change of the energy (meV)")
         for axis in (left, right):

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from symmetrize.report.tables import number
+from symmetrize.study.results import find_number
 
 #: Relative errors below this are rounding: all of them are as good as each other.
 EXACT = 1e-12
-#: Values within this ratio of the best are as good as it.
-TIE = 1.05
+#: Row of the errors that predicting means makes.
+CONSTANT = "no model: no forces, mean energy"
 
 
 @dataclass(frozen=True)
@@ -29,74 +30,46 @@ class Column:
         An error relative to the error scale, or to another scale: below `EXACT` it is rounding.
     ranked : bool
         Whether less is better.
+    floor : float
+        Smaller values are noise of the measurement, and as good as each other.
+    tie : float
+        Values within this ratio of the best are as good as it.
     """
 
     title: tuple[str, ...]
     path: str
     relative: bool = True
     ranked: bool = True
+    floor: float = 0.0
+    tie: float = 1.05
 
 
 #: What is shown of a data set, in this order, where any cell has it.
 COLUMNS = (
-    Column(("energy MAE", "meV/atom"), "accuracy.symmetrized.energy.mae", relative=False),
-    Column(("force MAE", "meV/Å"), "accuracy.symmetrized.forces.mae", relative=False),
+    Column(("energy MAE", "meV/atom"), "accuracy.symmetrized.energy.mae", relative=False, tie=1.005),
+    Column(("force MAE", "meV/Å"), "accuracy.symmetrized.forces.mae", relative=False, tie=1.005),
     Column(("rotation", "error"), "equivariance.rotations.*.max"),
     Column(("inversion", "error"), "equivariance.inversion.*.max"),
     Column(("orientation", "std"), "variance.symmetrized.*"),
     Column(("symmetric", "structures"), "symmetric.structures.*.equivariance"),
     Column(("permutation", "error"), "permutation.*"),
     Column(("call to call",), "determinism.*"),
-    Column(("jump on", "paths"), "smoothness.jump.*"),
+    Column(("jump on", "paths"), "smoothness.jump.*", floor=1e-10),
     Column(("steepness", "over bare"), "smoothness.ratio.*", relative=False),
     Column(("size", "consistency"), "locality.size_consistency"),
     Column(("local", "equivariance"), "locality.local_equivariance"),
-    Column(("ΔL in NVE", "ħ"), "dynamics.angular_momentum", relative=False),
-    Column(("forces not", "the gradient"), "dynamics.forces"),
+    Column(("ΔL in NVE", "ħ"), "dynamics.angular_momentum", relative=False, floor=1e-10),
+    Column(("ΔE in NVE", "meV/atom"), "dynamics.energy_rms", relative=False),
+    Column(("forces not", "the gradient"), "dynamics.forces", floor=1e-8),
     Column(("evaluations", "per atom"), "cost.evaluations_per_center", relative=False),
     Column(("time", "over bare"), "cost.time_ratio", relative=False),
     Column(("memory", "over bare"), "cost.peak_memory_ratio", relative=False),
 )
 
-#: Entries of measures that are no results.
-_ASIDE = ("seconds", "elements")
-
-#: Measures of which NaN is no result: one that is not finite is infinite there.
-_NOT_APPLICABLE = ("symmetric.", "smoothness.", "dynamics.", "locality.")
-
-_NON_FINITE = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
-
-
-def value_at(measures: Any, path: str) -> float | None:
-    """The number at a dotted path; of several the largest absolute value, and NaN before that; None for nothing.
-
-    Where a measure says NaN for what does not apply (a structure that is refused or of which symmetry demands nothing,
-    the angular momentum of a crystal), the others count.
-    """
-    found = list(_numbers(measures, path.split(".")))
-    if path.startswith(_NOT_APPLICABLE):
-        found = [x for x in found if not math.isnan(x)]
-    if not found:
-        return None
-    return math.nan if any(math.isnan(x) for x in found) else max(found, key=abs)
-
-
-def _numbers(value: Any, path: Sequence[str]) -> Iterator[float]:
-    if path:
-        if isinstance(value, Mapping):
-            names = [name for name in value if name not in _ASIDE] if path[0] == "*" else [path[0]]
-            for name in names:
-                if name in value:
-                    yield from _numbers(value[name], path[1:])
-    elif isinstance(value, str) and value in _NON_FINITE:
-        yield _NON_FINITE[value]
-    elif isinstance(value, (int, float)) and not isinstance(value, bool):
-        yield float(value)
-
 
 def mean_value(records: Sequence[Mapping[str, Any]], path: str) -> float | None:
     """Mean over the seeds of a cell; None where no record has the number."""
-    found = [x for x in (value_at(r["measures"], path) for r in records) if x is not None]
+    found = [x for x in (find_number(r["measures"], path) for r in records) if x is not None]
     return sum(found) / len(found) if found else None
 
 
@@ -162,20 +135,28 @@ def make_table(records: Sequence[Mapping[str, Any]], methods: Sequence[str]) -> 
     columns = [c for c in columns if any(mean_value(found, c.path) is not None for found in good.values() if found)]
     values = {label: [mean_value(found, c.path) for c in columns] for label, found in good.items() if found}
     best = [_best(c, [v[n] for label, v in values.items()]) for n, c in enumerate(columns)]
-    rows = []
+    rows = list(_constants(columns, records))
     for label, found in groups.items():
         if label not in values:
             error = found[0].get("error") or {}
             rows.append(Row(label, found[0]["status"], [], _one_line(error.get("message", ""))))
             continue
         cells = [
-            _cell(c, values[label][n], best[n], [value_at(r["measures"], c.path) for r in good[label]])
+            _cell(c, values[label][n], best[n], [find_number(r["measures"], c.path) for r in good[label]])
             for n, c in enumerate(columns)
         ]
         notes = dict.fromkeys(note for record in good[label] for note in _notes(record["measures"]))
         notes |= dict.fromkeys(_without_result(record) for record in found if record["status"] != "ok")
         rows.append(Row(label, "ok", cells, notes=tuple(notes)))
     return StudyTable(columns, rows)
+
+
+def _constants(columns: Sequence[Column], records: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
+    """What the accuracies are measured by: a model that has learned nothing but a mean."""
+    paths = [c.path.replace(".symmetrized.", ".constant.") if c.path.startswith("accuracy.") else "" for c in columns]
+    values = [mean_value(records, path) if path else None for path in paths]
+    if any(value is not None for value in values):
+        yield Row(CONSTANT, "ok", [Cell("–") if v is None else Cell(number(v, 3)) for v in values])
 
 
 def _properties(records: Sequence[Mapping[str, Any]]) -> list[Column]:
@@ -194,7 +175,7 @@ def _best(column: Column, values: Sequence[float | None]) -> float | None:
     if not finite or not column.ranked or len(finite) < 2:
         return None
     least = min(finite)
-    limit = max(least * TIE, EXACT) if column.relative else least * TIE
+    limit = max(least * column.tie, EXACT if column.relative else 0.0, column.floor)
     return None if all(v <= limit for v in finite) and len(finite) == len(values) else limit
 
 

@@ -21,6 +21,10 @@ RESULTS, DESCRIPTION, LOCK = "results.jsonl", "study.json", ".lock"
 OK, REFUSED, FAILED = "ok", "refused", "failed"
 
 _LABELS = ("backbone", "method", "data", "seed")
+#: Entries of measures that are no results.
+_ASIDE = ("seconds", "elements")
+#: Measures of which NaN is no result: one that is not finite is infinite there.
+_NOT_APPLICABLE = ("symmetric.", "smoothness.", "dynamics.", "locality.")
 _NON_FINITE = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 
 
@@ -175,11 +179,18 @@ class StudyRun:
 
 
 def find_number(measures: Any, path: str) -> float | None:
-    """A number by dotted path; of several that ``*`` stands for the largest, NaN being larger than anything."""
+    """The number at a dotted path; None where there is none.
+
+    Of several that ``*`` stands for it is the largest absolute value, and NaN before that. Where a measure says NaN
+    for what does not apply (a structure that is refused or of which symmetry demands nothing, the angular momentum of
+    a crystal), the others count.
+    """
     found = [n for n in map(number, _walk(measures, path.split("."))) if n is not None]
+    if path.startswith(_NOT_APPLICABLE):
+        found = [n for n in found if not math.isnan(n)]
     if not found:
         return None
-    return math.nan if any(math.isnan(n) for n in found) else max(found)
+    return math.nan if any(math.isnan(n) for n in found) else max(found, key=abs)
 
 
 def _walk(value: Any, path: Sequence[str]) -> Iterator[Any]:
@@ -187,8 +198,10 @@ def _walk(value: Any, path: Sequence[str]) -> Iterator[Any]:
         yield value
     elif isinstance(value, Mapping):
         first, *rest = path
-        for name in value if first == "*" else [first] if first in value else []:
-            yield from _walk(value[name], rest)
+        names = [name for name in value if name not in _ASIDE] if first == "*" else [first]
+        for name in names:
+            if name in value:
+                yield from _walk(value[name], rest)
 
 
 def read_run(folder: str | Path) -> StudyRun:

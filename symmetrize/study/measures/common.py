@@ -7,7 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from ase import Atoms
+from ase.neighborlist import natural_cutoffs, neighbor_list
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 from torch_geometric.data import Batch, Data
 
@@ -44,6 +49,21 @@ def size_of(cell: PreparedCell, name: str) -> int:
 def generator_of(cell: PreparedCell) -> torch.Generator:
     """Random numbers of a measure: the same for every method and backbone of a study."""
     return torch.Generator().manual_seed(cell.seed)
+
+
+def are_crystals(cell: PreparedCell) -> bool:
+    """Whether the structures are crystals, and no molecules, be it in a periodic box."""
+    return all(bool(atoms.pbc.all()) for atoms in cell.structures) and _is_connected(cell.structures[0])
+
+
+def _is_connected(atoms: Atoms) -> bool:
+    """Whether bonds join periodic images: twice as large a cell would hold eight times as many molecules."""
+    counts = []
+    for cell in (atoms, atoms.repeat(2)):
+        bonds = neighbor_list("ij", cell, natural_cutoffs(cell, mult=1.3))
+        adjacency = coo_array((np.ones(len(bonds[0])), bonds), shape=(len(cell), len(cell)))
+        counts.append(connected_components(adjacency, directed=False)[0])
+    return bool(counts[1] < 8 * counts[0])
 
 
 class Interaction(Backbone):

@@ -15,7 +15,7 @@ from symmetrize.data import from_ase
 from symmetrize.errors import BackboneOutputError, SymmetrizeError
 from symmetrize.ops.rotations import random_rotations
 from symmetrize.representations import OutputSpec
-from symmetrize.study.measures.common import Stage, generator_of, refusal, relative, size_of, stage
+from symmetrize.study.measures.common import Stage, are_crystals, generator_of, refusal, relative, size_of, stage
 from symmetrize.study.prepared import PreparedCell
 from symmetrize.testing import (
     GEOMETRIES,
@@ -220,8 +220,8 @@ def symmetric(cell: PreparedCell) -> dict[str, Any]:
 
 
 def _symmetric(cell: PreparedCell, on: Stage) -> dict[str, Batch]:
-    """Named symmetric structures of the species and the kind (finite or periodic) that the cell is about."""
-    kind = "periodic" if all(bool(atoms.pbc.all()) for atoms in cell.structures) else "finite"
+    """Named symmetric structures of the species and the kind (molecules or crystals) that the cell is about."""
+    kind = "periodic" if are_crystals(cell) else "finite"
     names = SYMMETRIC[kind][: size_of(cell, "sites")]
     return {
         name: on.model.prepare(from_ase([mapped(GEOMETRIES[name](), on.model)], dtype=on.batch[keys.POS].dtype))

@@ -9,6 +9,9 @@ with points at c ± (k + 1/2) h. On halving h this tends to the jump where there
 :math:`h^{m - q}` for m points per side, until rounding stops it. From level to level, c follows the gap between two
 points that leaves the smoothest points to either side. What is reported is the smallest
 :math:`\max(J_q(h), J_q(h/2))` over the levels: an upper bound of the jump.
+
+None of these points is c itself. At places that are named as events, where a structure may be degenerate and its
+neighbors are not, the value there is compared with the mean of the two extrapolations as well: order 0.
 """
 
 from __future__ import annotations
@@ -234,6 +237,8 @@ def _largest(
     chosen: list[tuple[float, bool]] = [(float(event), True) for event in events]
     chosen += [(place, False) for place in _suspects(values, t, step, order, noise, n_candidates)]
     jumps = [_refine(curve, center, fixed, step, order, noise, interval) for center, fixed in chosen]
+    if order == 0:
+        jumps += [_isolated(curve, float(event), step, noise, interval) for event in events]
     return max(jumps, key=lambda jump: jump.size)
 
 
@@ -295,6 +300,30 @@ def _refine(
         return best
     # Where it was seen most clearly: the noise of the finest step says where looking closer stopped, and no more.
     return replace(finest[-1], size=best.size, noise=min(j.noise for j in finest))
+
+
+def _isolated(curve: Curve, place: float, step: float, noise: float, interval: tuple[float, float]) -> Jump:
+    """How far the value at a place is from what it tends to from either side, by halving as in `_refine`."""
+    weights = _one_sided(0)
+    offsets = torch.arange(_N_FIT, dtype=torch.float64) + 0.5
+    room = min(place - interval[0], interval[1] - place)
+    h = min(step, room / _N_FIT)
+    best = Jump(0, 0.0, place, noise, 0.0)
+    track: list[Jump] = []
+    while len(track) < _N_LEVELS and h > 64 * torch.finfo(torch.float64).eps * max(abs(place), 1.0):
+        values = _call(curve, torch.cat([place - h * offsets, place + h * offsets, offsets.new_tensor([place])]))
+        if not bool(torch.isfinite(values).all()):
+            return Jump(0, math.inf, place, math.inf, h)
+        left, right, middle = values[:_N_FIT], values[_N_FIT:-1], values[-1]
+        size = float((middle - 0.5 * (weights @ left + weights @ right)).abs().max())
+        track.append(Jump(0, size, place, (1.0 + float(weights.norm())) * noise, h))
+        if len(track) > 1:
+            pair = max(track[-2:], key=lambda jump: jump.size)
+            best = pair if len(track) == 2 or pair.size < best.size else best
+            if all(10.0 * jump.noise >= jump.size for jump in track[-2:]):
+                break
+        h *= 0.5
+    return best
 
 
 def _best_gap(values: Tensor) -> int:

@@ -68,6 +68,7 @@ def paths(cutoff: float | None = None) -> dict[str, Path]:
         Path("methyl onto the axis", _methyl, (0.5,), "three off-axis atoms cross the axis together"),
         Path("pair crosses the cutoff", lambda t: _dissociation(t, cutoff), (0.5,), "a dimer falls apart"),
         Path("right angle", lambda t: _right_angle(t, cutoff), (0.5,), "partner at 90 degrees leaves"),
+        Path("neighbor leaves, in company", lambda t: _in_company(t, cutoff), (0.5,), "as before, a molecule far away"),
         Path("atom beside a dimer", lambda t: _beside_dimer(t, cutoff), (0.25, 0.75), "leaves either atom's cutoff"),
         Path("atom leaves a cluster", lambda t: _leaving(t, cutoff), (0.5,), "last neighbor of an atom leaves"),
         Path("exchange of nearest neighbors", _exchange, (0.5,), "two neighbors have equal distance"),
@@ -133,6 +134,13 @@ def _pulled_apart(t: float) -> Atoms:
 
 def _right_angle(t: float, cutoff: float) -> Atoms:
     return _atoms("CHO", [[0, 0, 0], [1.0, 0, 0], [0, cutoff + 1.2 * (t - 0.5), 0]])
+
+
+def _in_company(t: float, cutoff: float) -> Atoms:
+    # The far molecule has frames of its own, so that a structure without this partner is no special case.
+    far = np.array([0.0, 0.0, 2.5 * cutoff])
+    water = [far, far + [0.76, 0.59, 0.0], far + [-0.76, 0.59, 0.0]]
+    return _atoms("CHOOHH", [[0, 0, 0], [1.0, 0, 0], [0, cutoff + 0.6 * (t - 0.5), 0], *water])
 
 
 def _beside_dimer(t: float, cutoff: float) -> Atoms:
