@@ -419,6 +419,19 @@ def test_the_documented_fault(name):
     model_of(fallback="error")(from_ase([cluster(5, 0)]))
 
 
+@pytest.mark.parametrize("name", ["methane", "carbon dioxide", "hydrogen cyanide", "water", "benzene"])
+def test_the_documented_fault_is_seen_in_single_precision(name):
+    """Vectors of rounding errors have no direction, wherever the structure is turned to."""
+    atoms = DEGENERATE[name]()
+    for turn in random_rotations(5, generator=torch.Generator().manual_seed(3)):
+        atoms.positions = atoms.positions @ turn.numpy().T
+        batch = from_ase([atoms], dtype=torch.float32)
+        with pytest.raises(NoFrameError, match=r"not collinear.*structure 0"):
+            LearnedCanonicalization(fallback="error").frames(batch, group="O(3)", scope="structure", l_max=1)
+    found = from_ase([cluster(5, 0)], dtype=torch.float32)
+    LearnedCanonicalization(fallback="error").frames(found, group="O(3)", scope="structure", l_max=1)
+
+
 @settings(max_examples=5, deadline=None)
 @given(seed=st.integers(0, 10**6))
 def test_axes_are_smooth_functions_of_vectors(seed):

@@ -31,8 +31,11 @@ from symmetrize.ops.switches import smooth_step
 NETWORKS = ("vector-neuron", "e3nn")
 FALLBACKS = ("lab", "error")
 
-#: Vectors shorter than this are the rounding errors of a sum of terms of order 1, and have no direction.
+#: Vectors shorter than this are the rounding errors of a sum of terms of order 1, and have no direction: positions in
+#: float64.
 VANISHING = 1e-9
+#: The same for positions in other precisions, in units of their rounding error.
+_ROUNDING = 30.0
 
 _NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -82,8 +85,8 @@ class LearnedCanonicalization(FrameMethod):
     network : {"vector-neuron", "e3nn"} or torch.nn.Module
         `VectorNeurons`, `SphericalTensors`, or a network of yours with the same ``forward(vectors, weights, species,
         owner, n_owners)``: three polar vectors for every cloud, as a Tensor of shape (n_owners, 3, 3) whose rows turn
-        with the input; of lengths around 1, those below 1e-9 count as none. Tensors are float64, and floating-point
-        parameters and buffers are handed over as float64, whatever they are kept in.
+        with the input; of lengths around 1, those below 1e-9 (4e-6 for positions in float32) count as none. Tensors
+        are float64, and floating-point parameters and buffers are handed over as float64, whatever they are kept in.
     channels, layers : int
         Size of the networks of this package.
     degree : int
@@ -207,7 +210,8 @@ class LearnedCanonicalization(FrameMethod):
         """
         around = _ordered(batch, clouds(batch, scope, type(self).__name__))
         vectors = self._vectors(batch, around)
-        axes, chirality, degenerate = orthonormalized(vectors)
+        vanishing = max(VANISHING, _ROUNDING * torch.finfo(batch[keys.POS].dtype).eps)
+        axes, chirality, degenerate = orthonormalized(vectors, vanishing)
         if self.fallback == "error" and bool(degenerate.any()):
             row = int(degenerate.nonzero()[0, 0])
             raise NoFrameError(
@@ -218,8 +222,8 @@ class LearnedCanonicalization(FrameMethod):
         if group == "SO(3)":
             return around.owners.frame_set(axes, torch.ones_like(chirality))
         mirrored = axes * axes.new_tensor([1.0, 1.0, -1.0])
-        right = self._share(chirality)
-        weights = torch.stack([right, self._share(-chirality)], dim=1).reshape(-1)
+        right = self._share(chirality, vanishing)
+        weights = torch.stack([right, self._share(-chirality, vanishing)], dim=1).reshape(-1)
         rotations = torch.stack([axes, mirrored], dim=1).reshape(-1, 3, 3)
         # A weight of 0 has no derivatives either: the step underflows.
         used = (weights > 0.0).nonzero()[:, 0]
@@ -253,10 +257,10 @@ class LearnedCanonicalization(FrameMethod):
             )
         return found.to(torch.float64)
 
-    def _share(self, chirality: Tensor) -> Tensor:
+    def _share(self, chirality: Tensor, vanishing: float) -> Tensor:
         """Weight of the frame on this side: Tensor of shape (n,)."""
         if self.mirror_width == 0.0:
-            return torch.where(chirality.abs() < VANISHING, 0.5, (chirality > 0.0).to(chirality.dtype))
+            return torch.where(chirality.abs() < vanishing, 0.5, (chirality > 0.0).to(chirality.dtype))
         return smooth_step((1.0 + chirality / self.mirror_width) / 2.0)
 
     def extra_repr(self) -> str:
@@ -281,13 +285,15 @@ def _ordered(batch: Data, around: Clouds) -> Clouds:
     return Clouds(around.owners, points, row, around.ptr, around.weight[order], species, around.atom[order])
 
 
-def orthonormalized(vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def orthonormalized(vectors: Tensor, vanishing: float = VANISHING) -> tuple[Tensor, Tensor, Tensor]:
     """Right-handed axes by the Gram-Schmidt process, and the side of their plane that the third vector is on.
 
     Parameters
     ----------
     vectors : Tensor of shape (n, 3, 3), float64
         One vector per row.
+    vanishing : float
+        Vectors shorter than this, in units of their root mean square length, count as none.
 
     Returns
     -------
@@ -299,14 +305,14 @@ def orthonormalized(vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     degenerate : Tensor of shape (n,), bool
         Where axes of the lab were used.
     """
-    size, empty = _length(vectors.reshape(-1, 9) / N_VECTORS**0.5)
+    size, empty = _length(vectors.reshape(-1, 9) / N_VECTORS**0.5, vanishing)
     scaled = torch.where(empty[:, None, None], 0.0, vectors / size[:, None, None])
     first, second, third = scaled.unbind(1)
     lab = torch.eye(3, dtype=vectors.dtype, device=vectors.device)
-    length, no_first = _length(first)
+    length, no_first = _length(first, vanishing)
     e1 = torch.where(no_first[:, None], lab[0], first / length[:, None])
     across = second - (second * e1).sum(dim=1, keepdim=True) * e1
-    length, no_second = _length(across)
+    length, no_second = _length(across, vanishing)
     # Orthogonal once more: where little is left of the second vector, its rounding errors along the first show.
     e2 = across / length[:, None]
     e2 = e2 - (e2 * e1).sum(dim=1, keepdim=True) * e1
@@ -319,11 +325,11 @@ def orthonormalized(vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return torch.stack([e1, e2, e3], dim=2), (third * e3).sum(dim=1), empty | no_first | no_second
 
 
-def _length(vectors: Tensor) -> tuple[Tensor, Tensor]:
+def _length(vectors: Tensor, vanishing: float) -> tuple[Tensor, Tensor]:
     """Lengths, 1 for vectors that vanish, and which ones do."""
     square = (vectors * vectors).sum(dim=1)
-    vanishing = square.detach() < VANISHING**2
-    return torch.sqrt(torch.where(vanishing, torch.ones_like(square), square)), vanishing
+    none = square.detach() < vanishing**2
+    return torch.sqrt(torch.where(none, torch.ones_like(square), square)), none
 
 
 def _is_number(value: object) -> bool:
