@@ -210,6 +210,10 @@ def test_the_page_holds_everything_and_loads_nothing(tmp_path):
     assert "structure 3 is &lt;collinear&gt;" in text and "<collinear>" not in text
     assert len(set(re.findall(r'\bid="([^"]+)"', text))) == len(re.findall(r'\bid="([^"]+)"', text))
     markdown = page.with_suffix(".md").read_text(encoding="utf-8")
+    # All data sets at a glance, and a part of the page for each.
+    glance = text[text.index('<section id="glance">') : text.index("</section>")]
+    assert all(f">{label}</td>" in glance for label in METHODS) and glance.count("2.0e-14") == 4
+    assert text.count('<article class="dataset"') == 2
     assert "### water: B" in markdown and "**2.0e-14**" in markdown
     assert len(list((run / "figures").glob("*.svg"))) == 4 * 3
 

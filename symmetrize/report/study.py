@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from symmetrize.errors import InvalidInputError
 from symmetrize.files import write_text
 from symmetrize.report import study_figures as figures
 from symmetrize.report.libraries import require_libraries
-from symmetrize.report.study_tables import EXACT, StudyTable, make_table
+from symmetrize.report.study_tables import EXACT, Cell, Row, StudyTable, make_table
 from symmetrize.report.style import draw
 from symmetrize.study import StudyRun, read_run
 
@@ -26,9 +26,10 @@ WIDE = (10.5, 3.9)
 def write_report(run: str | Path, output: str | Path | None = None, formats: Sequence[str] = ("svg", "png")) -> Path:
     """Write what a study has found so far.
 
-    One self-contained HTML page (nothing is loaded from anywhere) with a section for every data set and backbone: error
-    against evaluations, accuracy against time, scans through degenerate geometries side by side, dynamics, and a table
-    of all measures. Beside it ``figures/``, and the tables as Markdown under the name of the page.
+    One self-contained HTML page (nothing is loaded from anywhere): all rotation errors at a glance, and for every data
+    set (a printed page each) and backbone a table of all measures, error against evaluations, accuracy against time,
+    scans through degenerate geometries side by side, and dynamics. Beside it ``figures/``, and the tables as Markdown
+    under the name of the page.
 
     Parameters
     ----------
@@ -126,6 +127,27 @@ def _slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
+def _by_data(sections: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Sections of each data set, with a name for links that none of them has."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for section in sections:
+        groups.setdefault(section["data"], []).append(section)
+    return [{"data": data, "slug": f"data-{n}", "sections": found} for n, (data, found) in enumerate(groups.items())]
+
+
+def _glance(methods: Iterable[str], sections: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """The rotation errors of all tables in one: a row per method, a column per section."""
+    columns: list[dict[str, Cell]] = []
+    for section in sections:
+        table: StudyTable = section["table"]
+        place = next((n for n, c in enumerate(table.columns) if c.path == figures.ERROR), None)
+        without = {row.label: Cell(row.status) for row in table.rows}
+        found = {row.label: row.cells[place] for row in table.rows if row.cells} if place is not None else {}
+        columns.append(without | found)
+    rows = [Row(label, "ok", [column.get(label, Cell("–")) for column in columns]) for label in methods]
+    return [row for row in rows if any(cell.text != "–" for cell in row.cells)]
+
+
 def _problems(run: StudyRun) -> list[dict[str, str]]:
     """Cells without results."""
     return [
@@ -207,6 +229,8 @@ def _html(run: StudyRun, methods: Mapping[str, Mapping[str, Any]], sections: Seq
         style=(folder / "style.html").read_text(encoding="utf-8"),
         legend=_LEGEND,
         sections=sections,
+        groups=_by_data(sections),
+        glance=_glance(methods, sections),
         methods=described,
         data=run.study.get("data", {}),
         problems=_problems(run),

@@ -23,6 +23,9 @@ _MARKERS = ("s", "^", "v", "P", "X", "<", ">", "p", "h", "*")
 #: Of the lines of one color.
 _LINES = ("-", "--", ":", "-.")
 
+#: Values that differ by more than this factor are not told apart on a linear axis.
+_FAR = 10.0
+
 ERROR = "equivariance.rotations.*.max"
 ACCURACY = "accuracy.symmetrized.forces.mae"
 EVALUATIONS = "cost.evaluations_per_center"
@@ -100,6 +103,10 @@ def against_cost(records: Sequence[Mapping[str, Any]], style: Mapping[str, Look]
                 axis.axhline(1e-6, color=MUTED, linewidth=0.8, linestyle=":")
             else:
                 _front(axis, groups, x, y)
+                heights = [p[1] for p in (_point(found, x, y) for found in groups.values()) if p is not None]
+                if min(heights) > 0.0 and max(heights) > _FAR * min(heights):
+                    axis.set_yscale("log")
+                    _plain_decades(axis.yaxis)
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside right center", fontsize=8.5, handletextpad=0.4)
 
