@@ -228,8 +228,9 @@ def test_the_page_of_a_study(browser: Any, tmp_path: Path, width: int, scheme: s
         "svg.figure", "list => list.map(e => [e.getBoundingClientRect().width, e.getBoundingClientRect().height])"
     )
     assert len(boxes) == 6 and all(wide > 200 and high > 80 for wide, high in boxes)
-    opened.page.click("nav.data a[href='#ethanol-b']")
-    assert opened.page.locator("#ethanol-b table").first.is_visible()
+    for place, link in (("#data-0", "nav.data a[href='#data-0']"), ("#ethanol-b", "#glance a[href='#ethanol-b']")):
+        opened.page.click(link)
+        assert opened.page.locator(f"{place} table").first.is_visible()
     assert opened.overflow() <= 0 and opened.clean(), (opened.complaints, opened.requests)
     opened.context.close()
 
