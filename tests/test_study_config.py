@@ -128,6 +128,14 @@ def test_mistakes_are_named_with_their_place(content, where, hint):
     assert str(caught.value).startswith(where) and hint in str(caught.value)
 
 
+def test_mistakes_of_the_study_are_not_put_down_to_its_profiles():
+    content = changed("sizes", "structure", to=3)
+    content["profiles"] = {"small": {"sizes": {"points": 16}}}
+    for profile in (None, "small"):
+        with pytest.raises(StudyError, match=r"^sizes\.structure: unknown size"):
+            load_study(content, profile)
+
+
 def with_recipe(**changes):
     return changed("backbones", "toy", to={"train": {**RECIPE, **changes}})
 

@@ -148,6 +148,15 @@ class TestTable:
         assert table.rows[0].cells[column].text == "1.00" and not table.rows[0].cells[column].best
         assert all(cell.text == "–" for n, cell in enumerate(table.rows[0].cells) if n != column)
 
+    def test_a_network_that_knows_nothing_is_named(self):
+        one = record("bare")
+        one["measures"]["accuracy"]["constant"] = {
+            "energy": {"mae": 1.0, "rmse": 1.0, "unit": "meV/atom"},
+            "forces": {"mae": 900.0, "rmse": 1000.0, "unit": "meV/A"},
+        }
+        notes = " ".join(make_table([one], list(METHODS)).rows[1].notes)
+        assert "energy: the network is no better than a constant" in notes and "forces: the network" not in notes
+
     def test_refusals_and_failed_measures_are_said(self):
         broken = record("ECSE")
         broken["measures"]["dynamics"] = {"error": {"type": "ValueError", "message": "went wrong"}}
@@ -173,6 +182,18 @@ def test_methods_of_a_curve_look_alike_and_all_others_do_not():
     assert style["averaging, degree 1"].color == style["averaging, degree 3"].color
     assert len({(look.color, look.marker) for look in style.values()}) == len(METHODS)
     assert len({(look.color, look.line) for look in style.values()}) == len(METHODS)
+
+
+def test_small_differences_look_small():
+    """No offset that has to be added to the labels in the head, and two percent of the value at least."""
+    figure_module = pytest.importorskip("matplotlib.figure")
+    figure = figure_module.Figure(layout="constrained")
+    against_cost([record("bare"), record("ECSE")], looks(METHODS))(figure)
+    axis = figure.axes[1]
+    low, high = axis.get_ylim()
+    assert high - low > 0.02 * 70.0 and low < 70.0 < high
+    figure.draw_without_rendering()
+    assert axis.yaxis.get_offset_text().get_text() == ""
 
 
 def test_a_line_for_every_seed_and_a_name_for_every_method():

@@ -266,10 +266,43 @@ def test_some_cells_only(folder, calls):
     (folder / "molecules.xyz").unlink()
     found = run(folder, content, only={"backbone": ["other"]})
     assert len(found.records) == 6
-    with pytest.raises(DeclarationError, match=r"only method: unknown 'ECES', did you mean 'ECSE'"):
+    with pytest.raises(DeclarationError, match=r"--only-method: unknown 'ECES', did you mean 'ECSE'"):
         run(folder, only={"method": ["ECES"]})
     with pytest.raises(InvalidInputError, match="at least one cell"):
         run(folder, {**STUDY, "skip": [{"backbone": "toy", "reason": "none"}]})
+
+
+def test_results_of_an_earlier_version_are_no_results_of_this_one(folder, calls):
+    """They have the same labels: only what they were measured with tells them apart."""
+    before = run(folder)
+    assert before.counts["pending"] == 0 and before.outdated == 0
+    changed_study = changed("data", "molecules", "test", to=2)
+    found = run(folder, changed_study, only={"method": ["averaging"]})
+    assert [record["cell"]["method"] for record in found.records] == ["averaging"]
+    assert found.counts["pending"] == 2 and found.outdated == 2
+    # The first version again: everything is there, also where only a part was asked for and the data is gone.
+    assert run(folder, only={"method": ["bare"]}).counts["ok"] == 3
+    (folder / "molecules.xyz").rename(folder / "elsewhere.xyz")
+    assert read_run(folder / "run").counts["ok"] == 3
+
+
+def test_cells_that_were_not_asked_for_keep_their_keys_without_their_data(folder, calls):
+    content = copy.deepcopy(STUDY)
+    content["backbones"]["other"] = {"name": "toy:local", "data": ["more"]}
+    content["data"]["more"] = {"path": "more.xyz", "test": 2}
+    write(folder / "more.xyz", molecules(4, 1), format="extxyz")
+    assert run(folder, content).counts["ok"] == 6
+    (folder / "more.xyz").unlink()
+    found = run(folder, content, only={"backbone": ["toy"]})
+    assert found.counts == {"ok": 6, "refused": 0, "failed": 0, "pending": 0} and found.outdated == 0
+    content["sizes"] = {"structures": 1}
+    found = run(folder, content, only={"backbone": ["toy"]})
+    assert found.counts == {"ok": 3, "refused": 0, "failed": 0, "pending": 3} and found.outdated == 3
+
+
+def test_a_folder_of_data_that_is_not_there(folder, calls):
+    with pytest.raises(InvalidInputError, match=r"--data: expected a folder, got '.*nowhere'"):
+        run(folder, data=folder / "nowhere")
 
 
 def test_a_preview_evaluates_nothing(folder, calls):
@@ -277,6 +310,8 @@ def test_a_preview_evaluates_nothing(folder, calls):
     run(folder, content, only={"method": ["ECSE"]})
     lines = preview(make_plan(load_study(save(folder, content)), folder / "run"))
     assert [state for _, state in lines] == ["pending", "ok", "skipped: a reason"] and len(calls) == 1
+    part = preview(make_plan(load_study(save(folder, content)), folder / "run", only={"method": ["ECSE"]}))
+    assert [state for _, state in part] == ["ok"]
     assert "toy | ECSE | molecules | seed 0" == lines[1][0]
 
 

@@ -127,6 +127,10 @@ def _slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
+def _counted(n: int, word: str) -> str:
+    return f"{n} {word}" if n == 1 else f"{n} {word}s"
+
+
 def _by_data(sections: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Sections of each data set, with a name for links that none of them has."""
     groups: dict[str, list[Mapping[str, Any]]] = {}
@@ -226,6 +230,9 @@ def _html(run: StudyRun, methods: Mapping[str, Mapping[str, Any]], sections: Seq
         name=run.study.get("name", run.folder.name),
         profile=run.study.get("profile") or "",
         counts=run.counts,
+        outdated=run.outdated,
+        n_methods=_counted(len({r["cell"]["method"] for r in run.records}), "method"),
+        n_pairs=_counted(len(sections), "pair") + " of backbone and data set",
         style=(folder / "style.html").read_text(encoding="utf-8"),
         legend=_LEGEND,
         sections=sections,

@@ -25,6 +25,8 @@ _LINES = ("-", "--", ":", "-.")
 
 #: Values that differ by more than this factor are not told apart on a linear axis.
 _FAR = 10.0
+#: The least share of the values that an axis of accuracies covers.
+_NEAR = 0.02
 
 ERROR = "equivariance.rotations.*.max"
 ACCURACY = "accuracy.symmetrized.forces.mae"
@@ -104,9 +106,14 @@ def against_cost(records: Sequence[Mapping[str, Any]], style: Mapping[str, Look]
             else:
                 _front(axis, groups, x, y)
                 heights = [p[1] for p in (_point(found, x, y) for found in groups.values()) if p is not None]
-                if min(heights) > 0.0 and max(heights) > _FAR * min(heights):
+                low, high = min(heights), max(heights)
+                if low > 0.0 and high > _FAR * low:
                     axis.set_yscale("log")
                     _plain_decades(axis.yaxis)
+                else:
+                    axis.ticklabel_format(axis="y", useOffset=False, style="plain")
+                    if high - low < _NEAR * high:  # a small difference shall look small
+                        axis.set_ylim(*(0.5 * (low + high) + sign * 0.6 * _NEAR * high for sign in (-1, 1)))
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside right center", fontsize=8.5, handletextpad=0.4)
 

@@ -12,6 +12,8 @@ from symmetrize.study.results import find_number
 
 #: Relative errors below this are rounding: all of them are as good as each other.
 EXACT = 1e-12
+#: A network with more of the error of a constant has learned nothing of the quantity.
+_LEARNED = 0.95
 #: Row of the errors that predicting means makes.
 CONSTANT = "no model: no forces, mean energy"
 
@@ -207,6 +209,10 @@ def _notes(measures: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name} failed: {_one_line(entry['error'].get('message', ''))}"
         elif "skipped" in entry:
             yield f"{name}: {_one_line(entry['skipped'])}"
+    for name in measures.get("accuracy", {}).get("constant", {}):
+        bare, constant = (find_number(measures, f"accuracy.{which}.{name}.mae") for which in ("bare", "constant"))
+        if bare is not None and constant is not None and bare > _LEARNED * constant:
+            yield f"{name}: the network is no better than a constant (another zero of energy, or data foreign to it?)"
     structures = measures.get("symmetric", {}).get("structures", {})
     refused = [name for name, one in structures.items() if one.get("refused")]
     if refused:

@@ -197,20 +197,31 @@ def load_study(source: str | Path | Mapping[str, Any], profile: str | None = Non
         if not isinstance(overrides, Mapping):
             raise StudyError(f"profiles.{name}: expected a section, got {overrides!r}")
         if name != profile:  # as strict about the profiles that are not chosen
-            _checked(_merged(values, overrides), folder, f"profiles.{name}: ")
+            _checked(_merged(values, overrides), folder, f"profiles.{name}: ", values)
     if profile is None:
         return _checked(values, folder)
     merged = _merged(values, profiles[profile])
-    return dataclasses.replace(_checked(merged, folder, f"profiles.{profile}: "), profile=profile)
+    return dataclasses.replace(_checked(merged, folder, f"profiles.{profile}: ", values), profile=profile)
 
 
-def _checked(values: Mapping[str, Any], folder: Path, prefix: str = "") -> Study:
+def _checked(values: Mapping[str, Any], folder: Path, prefix: str = "", base: Mapping[str, Any] | None = None) -> Study:
     try:
         study = dataclasses.replace(_build_study(values), folder=folder)
         _check(study)
     except StudyError as error:
+        if prefix and base is not None and _is_error(base, folder, str(error)):
+            raise
         raise StudyError(f"{prefix}{error}") from error
     return study
+
+
+def _is_error(values: Mapping[str, Any], folder: Path, message: str) -> bool:
+    """Whether a study itself has an error, and not what a profile makes of it."""
+    try:
+        _checked(values, folder)
+    except StudyError as error:
+        return str(error) == message
+    return False
 
 
 class _Loader:

@@ -135,6 +135,8 @@ class StudyRun:
     records : list of dict
         The last record of every cell of the study that has one, in the order of ``cells``; see the documentation of
         the format. Older records and those of cells that the study no longer has are left out.
+    outdated : int
+        Cells without a record whose labels have one: the study, its data or a backbone has changed since.
     """
 
     folder: Path
@@ -142,6 +144,7 @@ class StudyRun:
     cells: list[dict[str, Any]] = field(default_factory=list)
     skipped: list[dict[str, Any]] = field(default_factory=list)
     records: list[dict[str, Any]] = field(default_factory=list)
+    outdated: int = 0
 
     def select(self, status: str | None = None, **labels: Any) -> list[dict[str, Any]]:
         """Records with these labels (backbone, method, data, seed, curve) and this status."""
@@ -222,19 +225,18 @@ def read_run(folder: str | Path) -> StudyRun:
         return StudyRun(folder, {}, [{"key": k, "cell": r["cell"]} for k, r in last.items()], [], list(last.values()))
     description = json.loads(path.read_text(encoding="utf-8"))
     cells = description["cells"]
-    return StudyRun(folder, description["study"], cells, description["skipped"], current(cells, records))
+    found = current(cells, records)
+    known = {_labels(record["cell"]) for record in records}
+    outdated = sum(_labels(cell["cell"]) in known for cell in cells) - len(found)
+    return StudyRun(folder, description["study"], cells, description["skipped"], found, outdated)
 
 
 def current(cells: Sequence[Mapping[str, Any]], records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The last record of each of the cells that has one, under its present labels."""
     by_key = {record["key"]: record for record in records}
-    by_label = {_labels(record["cell"]): record for record in records}
-    found = []
-    for cell in cells:
-        record = by_label.get(_labels(cell["cell"])) if cell["key"] is None else by_key.get(cell["key"])
-        if record is not None:
-            found.append({**record, "cell": dict(cell["cell"])})
-    return found
+    # By what they were measured with: the same labels may have stood for other settings.
+    pairs = ((cell["cell"], by_key.get(cell["key"])) for cell in cells)
+    return [{**record, "cell": dict(labels)} for labels, record in pairs if record is not None]
 
 
 def _labels(cell: Mapping[str, Any]) -> tuple[Any, ...]:

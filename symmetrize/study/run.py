@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from symmetrize.errors import DeclarationError, InvalidInputError, did_you_mean
+from symmetrize.errors import DeclarationError, InvalidInputError, SymmetrizeError, did_you_mean
 from symmetrize.files import write_text
 from symmetrize.study.backbones import epochs_done, train_backbone
 from symmetrize.study.cells import describe_error, evaluate_cell, make_record
@@ -50,6 +50,8 @@ class Plan:
         The last record of those of them that have one, by key.
     pending : list of dict
         Specifications of those that will be evaluated.
+    only : dict of str to list of str
+        What was selected, see `run_study`.
     """
 
     cells: list[dict[str, Any]]
@@ -57,6 +59,7 @@ class Plan:
     specs: list[dict[str, Any]]
     done: dict[str, dict[str, Any]]
     pending: list[dict[str, Any]]
+    only: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
 
 
 def make_plan(
@@ -86,7 +89,9 @@ def make_plan(
             raise DeclarationError(f"only: unknown {kind!r}, {did_you_mean(kind, known)}")
         for name in names:
             if name not in known[kind]:
-                raise DeclarationError(f"only {kind}: unknown {name!r}, {did_you_mean(name, known[kind])}")
+                raise DeclarationError(f"--only-{kind}: unknown {name!r}, {did_you_mean(name, known[kind])}")
+    if data is not None and not Path(data).is_dir():
+        raise InvalidInputError(f"--data: expected a folder, got {str(data)!r}")
     output = Path(output)
     found = list_cells(study)
     wanted = [
@@ -98,12 +103,32 @@ def make_plan(
     specs = {id(cell): maker.spec(cell) for cell in wanted}
     maker.check_properties(wanted)
     cells = [
-        {"key": specs[id(cell)]["key"] if id(cell) in specs else None, "cell": cell.labels}
+        {"key": specs[id(cell)]["key"] if id(cell) in specs else _key(maker, cell), "cell": cell.labels}
         for cell in found
         if not cell.skip
     ]
     skipped = [{"cell": cell.labels, "reason": cell.skip} for cell in found if cell.skip]
-    return _left(Plan(cells, skipped, list(specs.values()), {}, []), output, retry_failed)
+    return _left(Plan(cells, skipped, list(specs.values()), {}, [], only), output, retry_failed)
+
+
+def _key(maker: Specs, cell: Cell) -> str | None:
+    """That of a cell which is not to be evaluated now; None where its data or backbone is not at hand."""
+    try:
+        return str(maker.spec(cell)["key"])
+    except SymmetrizeError:
+        return None
+
+
+def _with_known_keys(cells: list[dict[str, Any]], study: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
+    """Cells with the keys that an earlier call knew, if the study is the same."""
+    path = folder / DESCRIPTION
+    if not path.is_file():
+        return cells
+    before = json.loads(path.read_text(encoding="utf-8"))
+    if before["study"] != study:
+        return cells
+    known = {json.dumps(cell["cell"], sort_keys=True): cell["key"] for cell in before["cells"]}
+    return [{**cell, "key": cell["key"] or known.get(json.dumps(cell["cell"], sort_keys=True))} for cell in cells]
 
 
 def _left(plan: Plan, folder: Path, retry_failed: bool) -> Plan:
@@ -175,7 +200,9 @@ def run_study(
         raise InvalidInputError(f"output: expected a folder that can be written to, got {str(folder)!r}") from error
     with locked(folder):
         plan = _left(plan, folder, retry_failed)
-        description = {"study": study.to_dict(), "cells": plan.cells, "skipped": plan.skipped}
+        content = json.loads(json.dumps(study.to_dict()))
+        cells = _with_known_keys(plan.cells, content, folder)
+        description = {"study": content, "cells": cells, "skipped": plan.skipped}
         text = json.dumps(description, indent=2) + "\n"
         path = folder / DESCRIPTION
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
@@ -187,7 +214,7 @@ def run_study(
 
 
 def preview(plan: Plan) -> list[tuple[str, str]]:
-    """What a run would do: title and state of every cell that was selected, and of those that are skipped."""
+    """What a run would do: title and state of every cell that was selected, skipped ones included."""
     pending = {spec["key"] for spec in plan.pending}
     lines = []
     for spec in plan.specs:
@@ -198,7 +225,9 @@ def preview(plan: Plan) -> list[tuple[str, str]]:
         if missing_folders(spec):
             state += "; its backbone is trained first"
         lines.append((Cell(spec["cell"]).title, state))
-    lines += [(Cell(entry["cell"]).title, f"skipped: {entry['reason']}") for entry in plan.skipped]
+    for entry in plan.skipped:
+        if all(entry["cell"][kind] in labels for kind, labels in plan.only.items()):
+            lines.append((Cell(entry["cell"]).title, f"skipped: {entry['reason']}"))
     return lines
 
 
