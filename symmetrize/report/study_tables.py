@@ -14,6 +14,7 @@ from symmetrize.study.results import find_number
 EXACT = 1e-12
 #: A network with more of the error of a constant has learned nothing of the quantity.
 _LEARNED = 0.95
+_CAUSES = "not learned, or another zero of energy, or data that are foreign to it"
 #: Row of the errors that predicting means makes.
 CONSTANT = "no model: no forces, mean energy"
 
@@ -158,7 +159,16 @@ def _constants(columns: Sequence[Column], records: Sequence[Mapping[str, Any]]) 
     paths = [c.path.replace(".symmetrized.", ".constant.") if c.path.startswith("accuracy.") else "" for c in columns]
     values = [mean_value(records, path) if path else None for path in paths]
     if any(value is not None for value in values):
-        yield Row(CONSTANT, "ok", [Cell("–") if v is None else Cell(number(v, 3)) for v in values])
+        notes = [f"{name} come out no better from the bare network: {_CAUSES}" for name in _not_learned(records)]
+        yield Row(CONSTANT, "ok", [Cell("–") if v is None else Cell(number(v, 3)) for v in values], notes=tuple(notes))
+
+
+def _not_learned(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Quantities of which the network knows no more than a constant."""
+    for name in dict.fromkeys(n for r in records for n in r["measures"].get("accuracy", {}).get("constant", {})):
+        bare, constant = (mean_value(records, f"accuracy.{which}.{name}.mae") for which in ("bare", "constant"))
+        if bare is not None and constant is not None and bare > _LEARNED * constant:
+            yield "energies" if name == "energy" else f"values of {name!r}" if name != "forces" else name
 
 
 def _properties(records: Sequence[Mapping[str, Any]]) -> list[Column]:
@@ -209,10 +219,6 @@ def _notes(measures: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name} failed: {_one_line(entry['error'].get('message', ''))}"
         elif "skipped" in entry:
             yield f"{name}: {_one_line(entry['skipped'])}"
-    for name in measures.get("accuracy", {}).get("constant", {}):
-        bare, constant = (find_number(measures, f"accuracy.{which}.{name}.mae") for which in ("bare", "constant"))
-        if bare is not None and constant is not None and bare > _LEARNED * constant:
-            yield f"{name}: the network is no better than a constant (another zero of energy, or data foreign to it?)"
     structures = measures.get("symmetric", {}).get("structures", {})
     refused = [name for name, one in structures.items() if one.get("refused")]
     if refused:
