@@ -104,16 +104,9 @@ def against_cost(records: Sequence[Mapping[str, Any]], style: Mapping[str, Look]
                 axis.axhspan(1e-17, 1.5 * FLOOR, color=GRID, alpha=0.5, linewidth=0)
                 axis.axhline(1e-6, color=MUTED, linewidth=0.8, linestyle=":")
             else:
-                _front(axis, groups, x, y)
-                heights = [p[1] for p in (_point(found, x, y) for found in groups.values()) if p is not None]
-                low, high = min(heights), max(heights)
-                if low > 0.0 and high > _FAR * low:
-                    axis.set_yscale("log")
-                    _plain_decades(axis.yaxis)
-                else:
-                    axis.ticklabel_format(axis="y", useOffset=False, style="plain")
-                    if high - low < _NEAR * high:  # a small difference shall look small
-                        axis.set_ylim(*(0.5 * (low + high) + sign * 0.6 * _NEAR * high for sign in (-1, 1)))
+                points = [p for p in (_point(found, x, y) for found in groups.values()) if p is not None]
+                _front(axis, points)
+                _accuracy_axis(axis, [height for _, height in points])
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside right center", fontsize=8.5, handletextpad=0.4)
 
@@ -150,11 +143,23 @@ def _scatter(
         axis.plot([p[0] for p in points], [p[1] for p in points], color=points[0][2], linewidth=1.2, zorder=1)
 
 
-def _front(axis: Any, groups: Mapping[str, Sequence[Mapping[str, Any]]], x: str, y: str) -> None:
+def _accuracy_axis(axis: Any, heights: Sequence[float]) -> None:
+    """Logarithmic where values are far apart; where they are close, a small difference looks small."""
+    low, high = min(heights), max(heights)
+    if low > 0.0 and high > _FAR * low:
+        axis.set_yscale("log")
+        _plain_decades(axis.yaxis)
+        return
+    axis.ticklabel_format(axis="y", useOffset=False, style="plain")
+    if high - low < _NEAR * high:
+        middle, half = 0.5 * (low + high), 0.6 * _NEAR * high
+        axis.set_ylim(middle - half, middle + half)
+
+
+def _front(axis: Any, points: Sequence[tuple[float, float]]) -> None:
     """Those that nothing is both faster and more accurate than."""
-    points = sorted(p for p in (_point(found, x, y) for found in groups.values()) if p is not None)
     front, lowest = [], math.inf
-    for a, b in points:
+    for a, b in sorted(points):
         if b < lowest:
             front.append((a, b))
             lowest = b

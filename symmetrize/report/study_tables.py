@@ -168,7 +168,7 @@ def _not_learned(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     for name in dict.fromkeys(n for r in records for n in r["measures"].get("accuracy", {}).get("constant", {})):
         bare, constant = (mean_value(records, f"accuracy.{which}.{name}.mae") for which in ("bare", "constant"))
         if bare is not None and constant is not None and bare > _LEARNED * constant:
-            yield "energies" if name == "energy" else f"values of {name!r}" if name != "forces" else name
+            yield {"energy": "energies", "forces": "forces"}.get(name, f"values of {name!r}")
 
 
 def _properties(records: Sequence[Mapping[str, Any]]) -> list[Column]:

@@ -226,8 +226,8 @@ def read_run(folder: str | Path) -> StudyRun:
     description = json.loads(path.read_text(encoding="utf-8"))
     cells = description["cells"]
     found = current(cells, records)
-    known = {_labels(record["cell"]) for record in records}
-    outdated = sum(_labels(cell["cell"]) in known for cell in cells) - len(found)
+    known = {labels_of(record["cell"]) for record in records}
+    outdated = sum(labels_of(cell["cell"]) in known for cell in cells) - len(found)
     return StudyRun(folder, description["study"], cells, description["skipped"], found, outdated)
 
 
@@ -239,5 +239,5 @@ def current(cells: Sequence[Mapping[str, Any]], records: Sequence[dict[str, Any]
     return [{**record, "cell": dict(labels)} for labels, record in pairs if record is not None]
 
 
-def _labels(cell: Mapping[str, Any]) -> tuple[Any, ...]:
+def labels_of(cell: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(cell[name] for name in _LABELS)

@@ -24,6 +24,7 @@ from symmetrize.study.results import (
     REFUSED,
     StudyRun,
     append,
+    labels_of,
     locked,
     read_records,
     read_run,
@@ -102,11 +103,13 @@ def make_plan(
     maker = Specs(study, output, None if data is None else Path(data))
     specs = {id(cell): maker.spec(cell) for cell in wanted}
     maker.check_properties(wanted)
-    cells = [
-        {"key": specs[id(cell)]["key"] if id(cell) in specs else _key(maker, cell), "cell": cell.labels}
-        for cell in found
-        if not cell.skip
-    ]
+    keys: dict[int, str | None] = {number: spec["key"] for number, spec in specs.items()}
+    # The others are looked at only where there are results, which may be of an earlier version.
+    recorded = {labels_of(record["cell"]) for record in read_records(output)}
+    for cell in found:
+        if not cell.skip and id(cell) not in specs and labels_of(cell.labels) in recorded:
+            keys[id(cell)] = _key(maker, cell)
+    cells = [{"key": keys.get(id(cell)), "cell": cell.labels} for cell in found if not cell.skip]
     skipped = [{"cell": cell.labels, "reason": cell.skip} for cell in found if cell.skip]
     return _left(Plan(cells, skipped, list(specs.values()), {}, [], only), output, retry_failed)
 

@@ -16,6 +16,7 @@ neighbors are not, the value there is compared with the mean of the two extrapol
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -272,7 +273,7 @@ def _refine(
     track: list[Jump] = []
     for _ in range(_N_LEVELS):
         floor = amplification * noise / h**order
-        if len(track) > 1 and all(10.0 * jump.noise >= jump.size for jump in track[-2:]):
+        if _is_noise(track):
             break
         if h < 64 * torch.finfo(torch.float64).eps * max(abs(center), 1.0):
             break
@@ -288,12 +289,7 @@ def _refine(
         size = float((weights @ right - sign * (weights @ left)).abs().max()) / h**order
         track.append(Jump(order, size, center, floor, h))
         h *= 0.5
-    # Two levels in a row, lest a change of sign pass for a small jump.
-    best = track[0]
-    for k in range(1, len(track)):
-        pair = max(track[k - 1], track[k], key=lambda jump: jump.size)
-        if k == 1 or pair.size < best.size:
-            best = pair
+    best = _upper_bound(track)
     # The place is known best where the jump is still itself and the step is smallest.
     finest = [j for j in track if 10.0 * j.noise <= j.size and 0.5 * best.size <= j.size <= 2.0 * best.size]
     if not finest:
@@ -302,28 +298,38 @@ def _refine(
     return replace(finest[-1], size=best.size, noise=min(j.noise for j in finest))
 
 
+def _is_noise(track: Sequence[Jump]) -> bool:
+    """Whether halving further shows rounding only."""
+    return len(track) > 1 and all(10.0 * jump.noise >= jump.size for jump in track[-2:])
+
+
+def _upper_bound(track: Sequence[Jump]) -> Jump:
+    """The least that two levels in a row stay below, lest a change of sign pass for a small jump."""
+    pairs = [max(pair, key=lambda jump: jump.size) for pair in itertools.pairwise(track)]
+    return min(pairs or track, key=lambda jump: jump.size)
+
+
 def _isolated(curve: Curve, place: float, step: float, noise: float, interval: tuple[float, float]) -> Jump:
     """How far the value at a place is from what it tends to from either side, by halving as in `_refine`."""
     weights = _one_sided(0)
     offsets = torch.arange(_N_FIT, dtype=torch.float64) + 0.5
     room = min(place - interval[0], interval[1] - place)
     h = min(step, room / _N_FIT)
-    best = Jump(0, 0.0, place, noise, 0.0)
     track: list[Jump] = []
-    while len(track) < _N_LEVELS and h > 64 * torch.finfo(torch.float64).eps * max(abs(place), 1.0):
+    while (
+        not _is_noise(track)
+        and len(track) < _N_LEVELS
+        and h > 64 * torch.finfo(torch.float64).eps * max(abs(place), 1.0)
+    ):
         values = _call(curve, torch.cat([place - h * offsets, place + h * offsets, offsets.new_tensor([place])]))
         if not bool(torch.isfinite(values).all()):
             return Jump(0, math.inf, place, math.inf, h)
         left, right, middle = values[:_N_FIT], values[_N_FIT:-1], values[-1]
         size = float((middle - 0.5 * (weights @ left + weights @ right)).abs().max())
         track.append(Jump(0, size, place, (1.0 + float(weights.norm())) * noise, h))
-        if len(track) > 1:
-            pair = max(track[-2:], key=lambda jump: jump.size)
-            best = pair if len(track) == 2 or pair.size < best.size else best
-            if all(10.0 * jump.noise >= jump.size for jump in track[-2:]):
-                break
         h *= 0.5
-    return best
+    # At an end of the scan there is no other side to compare with.
+    return _upper_bound(track) if track else Jump(0, 0.0, place, noise, 0.0)
 
 
 def _best_gap(values: Tensor) -> int:
